@@ -1,0 +1,35 @@
+"""The errors a user can cause and fix, each said in one sentence.
+
+The command line prints the sentence and leaves with the class's ``exit_code``; no other
+exception is expected to reach a user, so anything else is a bug and keeps its traceback.
+"""
+
+
+class SpecMoEOffError(Exception):
+    """Base of every error that names its own remedy."""
+
+    exit_code = 1
+
+
+class InvalidInputError(SpecMoEOffError, ValueError):
+    """An argument, prompt or option has a value that cannot be used; the message quotes it."""
+
+    exit_code = 2
+
+
+class CheckpointError(SpecMoEOffError, ValueError):
+    """A checkpoint cannot be used; the message names the file and the tensor or field."""
+
+    exit_code = 2
+
+
+class DoesNotFitError(SpecMoEOffError, ValueError):
+    """The memory budget cannot work; the message has the arithmetic and the smallest one that can."""
+
+    exit_code = 3
+
+
+class StreamError(SpecMoEOffError, RuntimeError):
+    """Reading weights failed while running; the message names the file and the tensor."""
+
+    exit_code = 1

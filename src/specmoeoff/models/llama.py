@@ -1,0 +1,113 @@
+"""The Llama family: RMSNorm, grouped-query attention with RoPE, a SwiGLU feed-forward.
+
+Mistral is the same maths; its sliding window is part of the config and applied by attention. Knows
+shapes and names only: weights, KV cache and the experts' place in memory are the engine's.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from specmoeoff import kernels
+from specmoeoff.config import ModelConfig
+from specmoeoff.models.base import F32, I32, RopeTables, TensorSpec, Weights
+from specmoeoff.models.rope import Rope
+
+
+class Llama:
+    """A dense decoder. Its feed-forward is expert 0 of every layer, with weight 1."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self._rope = Rope(config)
+
+    @property
+    def num_ffn_experts(self) -> int:
+        """1: the feed-forward itself."""
+        return 1
+
+    def global_tensors(self) -> dict[str, TensorSpec]:
+        """Return ``embed``, ``norm`` and ``head`` (absent when tied to ``embed``)."""
+        table = (self.config.vocab_size, self.config.hidden_size)
+        specs = {
+            "embed": TensorSpec("model.embed_tokens.weight", table),
+            "norm": TensorSpec("model.norm.weight", (self.config.hidden_size,), widen=True),
+        }
+        if not self.config.tie_word_embeddings:
+            specs["head"] = TensorSpec("lm_head.weight", table)
+        return specs
+
+    def layer_tensors(self, layer: int) -> dict[str, TensorSpec]:
+        """Return ``attn_norm q k v o ffn_norm``, and ``q_bias k_bias v_bias o_bias`` with biases."""
+        config, prefix = self.config, f"model.layers.{layer}"
+        hidden = config.hidden_size
+        wide, narrow = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        shapes = {"q": (wide, hidden), "k": (narrow, hidden), "v": (narrow, hidden), "o": (hidden, wide)}
+        specs = {
+            "attn_norm": TensorSpec(f"{prefix}.input_layernorm.weight", (hidden,), widen=True),
+            "ffn_norm": TensorSpec(
+                f"{prefix}.post_attention_layernorm.weight", (hidden,), widen=True
+            ),
+        }
+        for name, shape in shapes.items():
+            specs[name] = TensorSpec(f"{prefix}.self_attn.{name}_proj.weight", shape)
+            if config.attention_bias:
+                specs[f"{name}_bias"] = TensorSpec(
+                    f"{prefix}.self_attn.{name}_proj.bias", shape[:1], widen=True
+                )
+        return specs
+
+    def expert_tensors(self, layer: int, expert: int) -> dict[str, TensorSpec]:
+        """Return ``gate``, ``up`` [intermediate, hidden] and ``down`` [hidden, intermediate]."""
+        prefix = f"model.layers.{layer}.mlp"
+        return self._swiglu(f"{prefix}.gate_proj", f"{prefix}.up_proj", f"{prefix}.down_proj")
+
+    def embed(self, weights: Weights, token_ids: I32) -> F32:
+        """Return the embeddings x [T, hidden] of token_ids int32 [T]."""
+        return kernels.embedding(token_ids, weights["embed"])
+
+    def rope_tables(self, positions: I32) -> RopeTables:
+        """Return cos and sin [T, rotary / 2] for positions int32 [T], attention scaling included."""
+        return self._rope.tables(positions)
+
+    def pre_attention(self, weights: Weights, x: F32, rope: RopeTables) -> tuple[F32, F32, F32]:
+        """Norm, project and rotate: x [T, hidden] -> q [T, H, D], k [T, G, D], v [T, G, D]."""
+        config = self.config
+        normed = kernels.rms_norm(x, weights["attn_norm"], config.rms_norm_eps)
+        q, k, v = (
+            kernels.linear(normed, weights[name], weights.get(f"{name}_bias")).reshape(
+                len(x), heads, config.head_dim
+            )
+            for name, heads in (
+                ("q", config.num_heads),
+                ("k", config.num_kv_heads),
+                ("v", config.num_kv_heads),
+            )
+        )
+        kernels.rope(q, *rope)
+        kernels.rope(k, *rope)
+        return q, k, v
+
+    def post_attention(self, weights: Weights, x: F32, attention: F32) -> F32:
+        """Add the O projection of attention [T, H, D] to x IN PLACE; return the FFN's input h."""
+        x += kernels.linear(attention.reshape(len(x), -1), weights["o"], weights.get("o_bias"))
+        return kernels.rms_norm(x, weights["ffn_norm"], self.config.rms_norm_eps)
+
+    def router(self, weights: Weights, h: F32) -> tuple[I32, F32]:
+        """Send every row to expert 0 with weight 1: ids int32 [T, 1], weights float32 [T, 1]."""
+        return np.zeros((len(h), 1), np.int32), np.ones((len(h), 1), np.float32)
+
+    def head(self, weights: Weights, x: F32) -> F32:
+        """Return logits [R, V] of the rows x [R, hidden], final norm included."""
+        table = weights["embed" if self.config.tie_word_embeddings else "head"]
+        return kernels.linear(
+            kernels.rms_norm(x, weights["norm"], self.config.rms_norm_eps), table
+        )
+
+    def _swiglu(self, gate: str, up: str, down: str) -> dict[str, TensorSpec]:
+        hidden, intermediate = self.config.hidden_size, self.config.intermediate_size
+        return {
+            "gate": TensorSpec(f"{gate}.weight", (intermediate, hidden)),
+            "up": TensorSpec(f"{up}.weight", (intermediate, hidden)),
+            "down": TensorSpec(f"{down}.weight", (hidden, intermediate)),
+        }

@@ -1,0 +1,24 @@
+"""model_type -> model class."""
+
+from __future__ import annotations
+
+from specmoeoff.config import ModelConfig
+from specmoeoff.errors import CheckpointError
+from specmoeoff.models.base import Model
+from specmoeoff.models.llama import Llama
+from specmoeoff.models.mixtral import Mixtral
+
+MODELS: dict[str, type[Llama]] = {"llama": Llama, "mistral": Llama, "mixtral": Mixtral}
+
+
+def build_model(config: ModelConfig) -> Model:
+    """Return the model of a config.
+
+    Raises:
+        CheckpointError: Its model_type is none that is known.
+    """
+    if config.model_type not in MODELS:
+        raise CheckpointError(
+            f"model_type {config.model_type!r} is unknown; supported: {', '.join(MODELS)}"
+        )
+    return MODELS[config.model_type](config)

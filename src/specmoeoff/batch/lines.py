@@ -5,7 +5,6 @@ Knows the format. Knows nothing of files, results or engines.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from specmoeoff.batch.seen_ids import SeenIds
 
 PROMPT_FIELDS = ("prompt", "prompt_token_ids", "messages")
-PARAM_FIELDS = frozenset(f.name for f in dataclasses.fields(SamplingParams) if f.init)
 
 
 @dataclass(frozen=True)
@@ -59,19 +57,14 @@ class LineReader:
 
     def _read_params(self, index: int, fields: dict[str, Any]) -> SamplingParams:
         own = {k: v for k, v in fields.items() if k != "id" and k not in PROMPT_FIELDS}
-        for name in own:
-            if name not in PARAM_FIELDS:
-                raise InvalidInputError(f"field {name!r} is unknown{_suggest(name)}")
         try:
-            params = dataclasses.replace(self._defaults, **own)
-        except InvalidInputError:
-            raise
-        except (TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise InvalidInputError(f"sampling parameters {own!r} are wrong: {error}") from error
+            params = SamplingParams.from_dict(own, self._defaults)
+        except OverflowError as error:
+            raise InvalidInputError(f"a sampling parameter is too large: {error}") from error
         if params.seed is None:
             # A seed of the line's own, so that its samples are the same after a resume, when the
             # engine counts requests from another start.
-            params = dataclasses.replace(params, seed=line_seed(self._seed, index))
+            params = params.replace(seed=line_seed(self._seed, index))
         return params
 
 
@@ -171,13 +164,3 @@ def _check_text(name: str, text: str) -> None:
 def _json_type(value: Any) -> str:
     names = {type(None): "null", bool: "boolean", str: "string", list: "array", dict: "object"}
     return names.get(type(value), "number")
-
-
-def _suggest(name: str) -> str:
-    import difflib
-
-    known = sorted({"id", *PROMPT_FIELDS, *PARAM_FIELDS})
-    close = difflib.get_close_matches(name, known, n=1)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return "; a line has id, one of prompt, prompt_token_ids or messages, and sampling parameters"

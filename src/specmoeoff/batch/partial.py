@@ -29,7 +29,7 @@ _HEADER_START = f'{{"{HEADER_KEY}": '.encode()
 _NOT_FINISHED = 0  # the header is at offset 0, so no result is
 
 
-class OutputError(SpecMoEOffError, OSError):
+class OutputError(SpecMoEOffError):
     """Results cannot be written; the message names the file and what the system said."""
 
 

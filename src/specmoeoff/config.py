@@ -125,8 +125,9 @@ class EngineConfig:
     """Element type of the KV cache."""
     max_num_seqs: int = 64
     """Most sequences that run at once."""
-    max_num_batched_tokens: int = 512
-    """Token budget of one step: decode tokens, drafts and prompt chunks together."""
+    max_num_batched_tokens: int | None = None
+    """Token budget of one step: decode tokens, drafts and prompt chunks together; None takes as many
+    as the memory budget has room for."""
     max_model_len: int | None = None
     """Longest prompt + output in tokens; None takes the model's own limit."""
     num_threads: int | None = None

@@ -1,0 +1,58 @@
+"""Lets KV caches take memory from the expert slots while they need it, and gives it back.
+
+Invariant: slots x slot bytes + sum of (high-water pages x page bytes) never exceeds the total, and
+the expert store never falls below its least number of slots.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from specmoeoff.offload.expert_store import ExpertStore
+    from specmoeoff.offload.kv_cache import KvCache
+
+GROWTH_PAGES = 4
+"""The caches' share moves in runs of pages, so that the slots are not resized for each one."""
+
+
+class ElasticMemory:
+    """``total`` bytes shared by one expert store and some KV caches."""
+
+    def __init__(
+        self, total: int, store: ExpertStore, caches: Sequence[KvCache], min_slots: int
+    ) -> None:
+        self.total = total
+        self._store = store
+        self._caches = list(caches)
+        self._min_slots = min_slots
+        for cache in self._caches:
+            cache.may_grow = self._grower(cache)
+        self.rebalance()
+
+    def rebalance(self) -> None:
+        """Hand what the caches do not hold to the expert store (call after sequences ended)."""
+        self._store.resize(self._slots_beside(sum(_held_bytes(c) for c in self._caches)))
+
+    def _grower(self, cache: KvCache) -> Callable[[int], bool]:
+        def may_grow(num_pages: int) -> bool:
+            others = sum(_held_bytes(c) for c in self._caches if c is not cache)
+            slots = self._slots_beside(others + num_pages * cache.page_bytes)
+            if slots < self._min_slots:
+                return False
+            if slots < self._store.num_slots:
+                ahead = num_pages + GROWTH_PAGES
+                roomy = self._slots_beside(others + ahead * cache.page_bytes)
+                self._store.resize(max(roomy, self._min_slots))
+            return True
+
+        return may_grow
+
+    def _slots_beside(self, cache_bytes: int) -> int:
+        return (self.total - cache_bytes) // self._store.slot_bytes
+
+
+def _held_bytes(cache: KvCache) -> int:
+    return cache.high_water * cache.page_bytes

@@ -1,0 +1,92 @@
+"""Where each expert lies on disk and how it sits in a slot.
+
+An expert is read as few aligned runs: tensors that are neighbours in a file come in one read. The
+tensors are then views into the slot, at whatever offset the file gave them; nothing is moved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from specmoeoff.offload.reader import ALIGNMENT, Segment
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from specmoeoff.offload.checkpoint import TensorRef
+
+MAX_GAP_BYTES = 64 << 10
+"""Neighbours this close are read through the gap: a second request costs more than the bytes."""
+
+_NUMPY_DTYPES = {"BF16": np.dtype(np.uint16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
+
+
+@dataclass(frozen=True)
+class TensorView:
+    """One tensor of an expert inside its slot."""
+
+    offset: int
+    dtype: np.dtype[np.generic]
+    shape: tuple[int, ...]
+
+    def of(self, slot: NDArray[np.uint8]) -> NDArray[np.generic]:
+        """Return the tensor as a view of the slot's bytes (uint8)."""
+        size = int(np.prod(self.shape)) * self.dtype.itemsize
+        return slot[self.offset : self.offset + size].view(self.dtype).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """The reads that bring one expert in, and its tensors afterwards."""
+
+    name: str
+    segments: tuple[Segment, ...]
+    starts: tuple[int, ...]
+    """Slot offset of each segment."""
+    tensors: Mapping[str, TensorView]
+    num_bytes: int
+    """Slot bytes it needs, alignment included."""
+
+
+def lay_out(name: str, refs: Mapping[str, TensorRef]) -> ExpertLayout:
+    """Plan the reads of one expert's tensors (canonical name -> where it lies)."""
+    order = sorted(refs.items(), key=lambda item: (item[1].file, item[1].offset))
+    runs: list[list[tuple[str, TensorRef]]] = []
+    for item in order:
+        last = runs[-1][-1][1] if runs else None
+        ref = item[1]
+        if last and last.file == ref.file and ref.offset - _end(last) <= MAX_GAP_BYTES:
+            runs[-1].append(item)
+        else:
+            runs.append([item])
+    segments: list[Segment] = []
+    starts: list[int] = []
+    tensors: dict[str, TensorView] = {}
+    at = 0
+    for run in runs:
+        segment = _segment(run)
+        for canonical, ref in run:
+            tensors[canonical] = TensorView(
+                at + ref.offset - segment.offset, _NUMPY_DTYPES[ref.dtype], tuple(ref.shape)
+            )
+        segments.append(segment)
+        starts.append(at)
+        at += segment.num_bytes
+    return ExpertLayout(name, tuple(segments), tuple(starts), tensors, at)
+
+
+def _segment(run: Sequence[tuple[str, TensorRef]]) -> Segment:
+    first = run[0][1]
+    start = first.offset // ALIGNMENT * ALIGNMENT
+    stop = max(_end(ref) for _, ref in run)
+    num_bytes = -(-(stop - start) // ALIGNMENT) * ALIGNMENT
+    return Segment(first.file, start, num_bytes, stop - start)
+
+
+def _end(ref: TensorRef) -> int:
+    return ref.offset + ref.nbytes

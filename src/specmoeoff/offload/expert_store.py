@@ -1,0 +1,305 @@
+"""Keeps as many experts in memory as it may, and has the next ones read before they are wanted.
+
+A step walks the layers in order and starts over: accesses are cyclic. So one rule decides both what
+to drop and how far to run ahead: an expert's *expected next use*, in passes from now, is the way to
+its layer plus the passes it will probably sit out (1/p - 1, where p is its probability of being
+routed to in a step). The farthest is dropped first. Within the look-ahead window, experts that are
+likely enough to be wanted are fetched before anyone asks; the window reaches over the end of the
+pass, so reading goes on while tokens are drafted and sampled. With everything likely this is a belt
+that never stops; with nothing likely enough it is a cache filled on demand.
+
+Knows bytes, slots and probabilities. Knows nothing of tokens or models.
+
+Holds at all times: no more than ``num_slots`` slots are resident; an acquired expert stays.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from specmoeoff.errors import StreamError
+from specmoeoff.offload.arena import Arena, round_up
+from specmoeoff.offload.reader import Read, Reader
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from specmoeoff.offload.expert_layout import ExpertLayout
+
+Tensors = Mapping[str, "NDArray[np.generic]"]
+
+MEMORY_TOKENS = 32.0
+"""The routing probabilities forget with this time constant, in tokens."""
+LEAST_SHARE = 0.25
+"""No expert is thought less likely than this share of the mean: routing changes with the text."""
+THRESHOLDS = {"belt": 0.0, "auto": 0.8, "demand": 2.0}
+"""Fetch ahead what is wanted in the next pass with at least this probability, by expert mode."""
+
+
+@dataclass
+class StoreStats:
+    """Counters since the start."""
+
+    fetched_experts: int = 0
+    wanted_experts: int = 0
+    missed_experts: int = 0
+    """Experts that had to be asked for after routing."""
+    stalled_s: float = 0.0
+    """Seconds the compute thread waited for bytes."""
+
+
+class ExpertStore:
+    """The experts of one model, [num_layers][num_experts], behind a fixed number of slots."""
+
+    def __init__(
+        self,
+        layouts: Sequence[Sequence[ExpertLayout]],
+        experts_per_token: int,
+        num_slots: int,
+        reader: Reader,
+        mode: str = "auto",
+        lookahead: int | None = None,
+    ) -> None:
+        self.num_layers, self.num_experts = len(layouts), len(layouts[0])
+        self._layouts = [layout for layer in layouts for layout in layer]
+        self._total = len(self._layouts)
+        self._experts_per_token = experts_per_token
+        self.slot_bytes = round_up(max(layout.num_bytes for layout in self._layouts))
+        self.max_slots = min(num_slots, self._total)
+        self.num_slots = self.max_slots
+        self.stats = StoreStats()
+        self._reader = reader
+        self._arena = Arena(self.max_slots * self.slot_bytes)
+        self._threshold = THRESHOLDS[mode]
+        self._lookahead = lookahead
+        self._free = list(range(self.max_slots))[::-1]
+        self._retired: list[int] = []
+        self._slot_of = np.full(self._total, -1, np.int64)
+        self._reads: dict[int, Read] = {}
+        self._held = np.zeros(self._total, bool)
+        self._per_token = np.full(self._total, experts_per_token / self.num_experts)
+        self._wanted = np.ones(self._total)
+        self._passing = self._spread_out()
+        self._cursor = 0
+
+    # -- what the engine calls ------------------------------------------------------------------
+
+    def begin_step(self, num_tokens: int) -> None:
+        """Say how many tokens the coming pass routes, and start reading ahead for it."""
+        least = LEAST_SHARE * self._experts_per_token / self.num_experts
+        per_token = np.maximum(self._per_token, least)
+        self._wanted = 1.0 - (1.0 - per_token) ** max(num_tokens, 1)
+        self._read_ahead()
+
+    def serve(self, layer: int, counts: NDArray[np.int64]) -> Iterator[list[tuple[int, Tensors]]]:
+        """Yield a layer's wanted experts in rising order, in runs, as their bytes arrive.
+
+        Args:
+            layer: The layer the compute has reached.
+            counts: Tokens routed to each expert, [E].
+
+        Yields:
+            Lists of (expert, tensors); the tensors stay valid until the next list is asked for.
+
+        Raises:
+            StreamError: An expert could not be read.
+        """
+        first = layer * self.num_experts
+        wanted = [first + int(e) for e in np.flatnonzero(counts)]
+        self._learn(first, counts)
+        self.stats.wanted_experts += len(wanted)
+        self._cursor = first
+        pending = wanted
+        while pending:
+            asked = self._ask_for(pending)
+            run = self._ready_run(pending, asked)
+            self._held[run] = True
+            try:
+                yield [(index - first, self._tensors(index)) for index in run]
+            finally:
+                self._held[run] = False
+            self._cursor = run[-1] + 1
+            pending = pending[len(run) :]
+            self._read_ahead()
+        self._cursor = first + self.num_experts
+        self._read_ahead()
+
+    def resize(self, num_slots: int) -> None:
+        """Hold at most ``num_slots`` from now on; the memory of dropped slots is given back.
+
+        Raises:
+            StreamError: A read that had to end first failed.
+        """
+        while self.num_slots > num_slots:
+            slot = self._free.pop() if self._free else self._thin_out()
+            self._arena.discard(slot * self.slot_bytes, self.slot_bytes)
+            self._retired.append(slot)
+            self.num_slots -= 1
+        while self.num_slots < min(num_slots, self.max_slots):
+            self._free.append(self._retired.pop())
+            self.num_slots += 1
+
+    @property
+    def resident_experts(self) -> int:
+        """Experts that have a slot now, on their way or arrived."""
+        return self.num_slots - len(self._free)
+
+    # -- fetching -------------------------------------------------------------------------------
+
+    def _ask_for(self, pending: Sequence[int]) -> int:
+        """Have the missing ones read, as many as there are slots for; return how many are covered."""
+        covered = 0
+        missing = []
+        for index in pending:
+            if self._slot_of[index] < 0:
+                slot = self._take_slot(protect=pending)
+                if slot is None:
+                    break
+                self._slot_of[index] = slot
+                missing.append(index)
+            covered += 1
+        # Each urgent read goes to the front, so the first one wanted is submitted last.
+        for index in reversed(missing):
+            self._submit(index, urgent=True)
+        self.stats.missed_experts += len(missing)
+        return covered
+
+    def _ready_run(self, pending: Sequence[int], covered: int) -> list[int]:
+        """Wait for the first pending expert and return it with those after it that have arrived."""
+        self._wait(pending[0])
+        run = [pending[0]]
+        for index in pending[1:covered]:
+            read = self._reads.get(index)
+            if read is not None and not read.is_done:
+                break
+            self._wait(index)
+            run.append(index)
+        return run
+
+    def _wait(self, index: int) -> None:
+        read = self._reads.get(index)
+        if read is None:
+            return
+        start = time.perf_counter()
+        try:
+            read.wait()
+        except StreamError:
+            self._free.append(self._release_slot(index))
+            raise
+        finally:
+            self._reads.pop(index, None)
+            self.stats.stalled_s += time.perf_counter() - start
+
+    def _read_ahead(self) -> None:
+        """Fetch the likely experts of the window that are missing, nearest first."""
+        if self._threshold > 1.0 or self.resident_experts == self._total:
+            return
+        ahead = (self._cursor + np.arange(self._window())) % self._total
+        likely = ahead[(self._slot_of[ahead] < 0) & (self._wanted[ahead] >= self._threshold)]
+        for index in likely:
+            slot = self._take_slot(protect=(), nearer_than=float(self._next_use(index)))
+            if slot is None:
+                return
+            self._slot_of[index] = slot
+            self._submit(int(index), urgent=False)
+
+    def _window(self) -> int:
+        """Experts to look ahead: far enough to bridge drafting and jitter, see docs/offloading.md."""
+        if self._lookahead is not None:
+            return min(self._lookahead, self.num_slots - 1, self._total - 1)
+        return min(max(self.num_slots // 4, 2), self.num_slots - 1, self._total - 1)
+
+    def _submit(self, index: int, urgent: bool) -> None:
+        layout = self._layouts[index]
+        base = int(self._slot_of[index]) * self.slot_bytes
+        memory = self._arena.bytes
+        buffers = [
+            memoryview(memory[base + start : base + start + segment.num_bytes])
+            for start, segment in zip(layout.starts, layout.segments, strict=True)
+        ]
+        self._reads[index] = self._reader.submit(layout.name, layout.segments, buffers, urgent)
+        self.stats.fetched_experts += 1
+
+    # -- choosing what to drop -------------------------------------------------------------------
+
+    def _next_use(self, index: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return the expected next use of experts, in passes from the cursor."""
+        way = ((index - self._cursor) % self._total) / self._total
+        return way + 1.0 / np.maximum(self._wanted[index], 1e-3) - 1.0 + self._passing[index]
+
+    def _spread_out(self) -> NDArray[np.float64]:
+        """Mark what only passes through in the first pass, so that what stays is spread evenly.
+
+        Were the first ones kept instead, every pass would compute on them with the disk idle and
+        then wait for the disk with the processor idle. The rule of the farthest next use keeps
+        whatever spacing it starts with.
+        """
+        kept = max(self.num_slots - self._window(), 0)
+        index = np.arange(self._total + 1) * kept // self._total
+        return np.where(np.diff(index) > 0, 0.0, 1.0)
+
+    def _take_slot(self, protect: Sequence[int], nearer_than: float | None = None) -> int | None:
+        """Return a free slot, or the one wanted last unless it is nearer than that; None if none."""
+        if self._free:
+            return self._free.pop()
+        candidates = self._droppable(protect)
+        if len(candidates):
+            next_use = self._next_use(candidates)
+            worst = int(np.argmax(next_use))
+            if nearer_than is not None and next_use[worst] <= nearer_than:
+                return None
+            return self._release_slot(int(candidates[worst]))
+        return None if nearer_than is not None else self._drop_in_flight(protect)
+
+    def _droppable(self, protect: Sequence[int] = ()) -> NDArray[np.int64]:
+        droppable = (self._slot_of >= 0) & ~self._held
+        droppable[list(protect)] = False
+        droppable[[index for index, read in self._reads.items() if not read.is_done]] = False
+        return np.flatnonzero(droppable)
+
+    def _drop_in_flight(self, protect: Sequence[int]) -> int | None:
+        """Give up what was fetched ahead (last wanted first) when there is nothing else to drop."""
+        others = [index for index in self._reads if index not in protect]
+        if not others:
+            return None
+        victim = others[int(np.argmax(self._next_use(np.array(others))))]
+        self._wait(victim)
+        return self._release_slot(victim)
+
+    def _thin_out(self) -> int:
+        """Free a slot so that what stays remains evenly spread over the pass."""
+        candidates = self._droppable()
+        if not len(candidates):
+            slot = self._drop_in_flight(protect=())
+            if slot is None:
+                raise RuntimeError("every expert slot is held")
+            return slot
+        gaps = np.diff(candidates, prepend=candidates[-1] - self._total)
+        return self._release_slot(int(candidates[int(np.argmin(gaps))]))
+
+    def _release_slot(self, index: int) -> int:
+        """Take an expert's slot away; whatever was read ahead for it is forgotten."""
+        read = self._reads.get(index)
+        if read is not None and read.is_done:
+            del self._reads[index]
+        slot = int(self._slot_of[index])
+        self._slot_of[index] = -1
+        self._passing[index] = 0.0
+        return slot
+
+    def _learn(self, first: int, counts: NDArray[np.int64]) -> None:
+        """Update the routing probabilities of a layer from the tokens each expert got."""
+        num_tokens = max(int(counts.sum()) // self._experts_per_token, 1)
+        span = slice(first, first + self.num_experts)
+        forget = 1.0 - np.exp(-num_tokens / MEMORY_TOKENS)
+        self._per_token[span] += forget * (counts / num_tokens - self._per_token[span])
+
+    def _tensors(self, index: int) -> Tensors:
+        base = int(self._slot_of[index]) * self.slot_bytes
+        slot = self._arena.bytes[base : base + self.slot_bytes]
+        return {name: view.of(slot) for name, view in self._layouts[index].tensors.items()}

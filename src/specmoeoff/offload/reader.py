@@ -1,0 +1,239 @@
+"""Reads byte ranges of files into memory with a few threads, past the page cache.
+
+A read is cut into pieces so that several threads (and the disk's queue) share one large expert;
+pieces are served in the order they were asked for, urgent ones first. Knows files, offsets and
+buffers; knows nothing of experts or layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from specmoeoff.errors import StreamError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+ALIGNMENT = 4096
+"""What O_DIRECT wants of offsets, lengths and addresses on every common file system."""
+PIECE_BYTES = 4 << 20
+NUM_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of one file that lands in one run of memory, both aligned for O_DIRECT."""
+
+    file: Path
+    offset: int
+    """Aligned byte offset in the file."""
+    num_bytes: int
+    """Aligned length; it may reach past the end of the file by less than one block."""
+    needed_bytes: int
+    """Bytes from ``offset`` that must arrive for the read to be whole."""
+
+
+class Read:
+    """One read in flight: wait() returns when its bytes are there, or raises why they are not."""
+
+    def __init__(self, name: str, num_pieces: int) -> None:
+        self.name = name
+        self._left = num_pieces
+        self._error: Exception | None = None
+        self._done = threading.Event()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether wait() would return at once."""
+        return self._done.is_set()
+
+    def wait(self) -> None:
+        """Block until every piece has arrived.
+
+        Raises:
+            StreamError: A piece could not be read; the message names the file and the read.
+        """
+        self._done.wait()
+        if self._error is not None:
+            raise StreamError(str(self._error)) from self._error
+
+    def finish_piece(self, error: Exception | None) -> None:
+        """Count one piece as arrived (called under the reader's lock)."""
+        self._error = self._error or error
+        self._left -= 1
+        if self._left == 0:
+            self._done.set()
+
+
+@dataclass
+class ReaderStats:
+    """Counters since the start; ``busy_s`` is time with at least one piece in flight."""
+
+    bytes: int = 0
+    busy_s: float = 0.0
+
+
+@dataclass
+class _Piece:
+    read: Read
+    file: Path
+    offset: int
+    needed_bytes: int
+    buffer: memoryview = field(repr=False)
+
+
+class Reader:
+    """A queue of reads and the threads that serve it."""
+
+    def __init__(self, num_threads: int = NUM_THREADS, piece_bytes: int = PIECE_BYTES) -> None:
+        self.stats = ReaderStats()
+        self._piece_bytes = piece_bytes
+        self._queue: deque[_Piece] = deque()
+        self._in_flight = 0
+        self._busy_since = 0.0
+        self._closed = False
+        self._wake = threading.Condition()
+        self._descriptors: dict[Path, tuple[int, bool]] = {}
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"reader-{i}", daemon=True)
+            for i in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(
+        self,
+        name: str,
+        segments: Sequence[Segment],
+        buffers: Sequence[memoryview],
+        urgent: bool = False,
+    ) -> Read:
+        """Queue one read of several segments, each into its buffer of ``num_bytes`` bytes.
+
+        ``urgent`` reads go before everything queued; several urgent ones are served last asked
+        first, so ask for them in reverse.
+        """
+        pieces = [
+            (segment, buffer, at)
+            for segment, buffer in zip(segments, buffers, strict=True)
+            for at in range(0, segment.num_bytes, self._piece_bytes)
+        ]
+        read = Read(name, len(pieces))
+        queued = [
+            _Piece(
+                read,
+                segment.file,
+                segment.offset + at,
+                max(0, min(segment.needed_bytes - at, self._piece_bytes)),
+                buffer[at : at + self._piece_bytes],
+            )
+            for segment, buffer, at in pieces
+        ]
+        with self._wake:
+            if urgent:
+                self._queue.extendleft(reversed(queued))
+            else:
+                self._queue.extend(queued)
+            self._wake.notify(len(queued))
+        return read
+
+    def busy_seconds(self) -> float:
+        """Return the seconds in which at least one piece was in flight, up to now."""
+        with self._wake:
+            running = time.monotonic() - self._busy_since if self._in_flight else 0.0
+            return self.stats.busy_s + running
+
+    def close(self) -> None:
+        """Drop what is queued, let the pieces in flight end, and close the files."""
+        with self._wake:
+            self._closed = True
+            for piece in self._queue:
+                piece.read.finish_piece(StreamError(f"{piece.read.name}: the reader was closed"))
+            self._queue.clear()
+            self._wake.notify_all()
+        for thread in self._threads:
+            thread.join()
+        for descriptor, _ in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def _serve(self) -> None:
+        while True:
+            with self._wake:
+                while not self._queue and not self._closed:
+                    self._wake.wait()
+                if self._closed:
+                    return
+                piece = self._queue.popleft()
+                if self._in_flight == 0:
+                    self._busy_since = time.monotonic()
+                self._in_flight += 1
+            error: Exception | None = None
+            try:
+                self._read(piece)
+            except (OSError, StreamError) as caught:
+                error = self._explain(piece, caught)
+            with self._wake:
+                self._in_flight -= 1
+                self.stats.bytes += len(piece.buffer)
+                if self._in_flight == 0:
+                    self.stats.busy_s += time.monotonic() - self._busy_since
+                piece.read.finish_piece(error)
+
+    def _read(self, piece: _Piece) -> None:
+        descriptor, direct = self._descriptor(piece.file)
+        got = 0
+        while got < piece.needed_bytes:
+            # After a short direct read the position may be unaligned; the buffered descriptor
+            # that _read_buffered opens does not mind.
+            try:
+                count = os.preadv(descriptor, [piece.buffer[got:]], piece.offset + got)
+            except OSError as error:
+                if not (direct and error.errno == errno.EINVAL):
+                    raise
+                count = self._read_buffered(piece, got)
+            if count == 0:
+                raise StreamError(
+                    f"{piece.file} ended at byte {piece.offset + got} while reading {piece.read.name}: "
+                    "the file was truncated after it was opened"
+                )
+            got += count
+
+    def _read_buffered(self, piece: _Piece, got: int) -> int:
+        descriptor = os.open(piece.file, os.O_RDONLY)
+        try:
+            return os.preadv(descriptor, [piece.buffer[got:]], piece.offset + got)
+        finally:
+            os.close(descriptor)
+
+    def _descriptor(self, file: Path) -> tuple[int, bool]:
+        with self._wake:
+            known = self._descriptors.get(file)
+            if known is None:
+                known = _open(file)
+                self._descriptors[file] = known
+            return known
+
+    @staticmethod
+    def _explain(piece: _Piece, error: Exception) -> Exception:
+        if isinstance(error, StreamError):
+            return error
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+        return StreamError(f"{piece.file}: reading {piece.read.name} failed: {reason}")
+
+
+def _open(file: Path) -> tuple[int, bool]:
+    with contextlib.suppress(OSError):
+        return os.open(file, os.O_RDONLY | os.O_DIRECT), True
+    descriptor = os.open(file, os.O_RDONLY)
+    # Where O_DIRECT is refused, at least do not let read-ahead fill the page cache.
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+    return descriptor, False

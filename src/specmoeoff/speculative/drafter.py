@@ -1,0 +1,54 @@
+"""What a drafter is: something that proposes likely next tokens for many sequences at once.
+
+Whatever it proposes, verification keeps the output what the target alone would have produced; a
+drafter decides speed only. It may propose fewer tokens than asked for, or none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from specmoeoff.sampling import SequenceSampler
+
+
+@dataclass(frozen=True)
+class DraftRequest:
+    """One sequence that may be drafted for."""
+
+    key: int
+    """Identifies the sequence for as long as it lives."""
+    token_ids: Sequence[int]
+    """Prompt and output so far."""
+    num_tokens: int
+    """Most tokens to propose, 0 or more."""
+    sampler: SequenceSampler
+    """The sequence's filters; the draft's distribution goes through the same ones."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Drafted tokens of one sequence, a chain."""
+
+    token_ids: list[int] = field(default_factory=list)
+    probs: list[NDArray[np.float64] | None] = field(default_factory=list)
+    """Per token the distribution it was drawn from, [V]; None says that it was certain."""
+
+
+class Drafter(Protocol):
+    """Proposes chains of tokens and keeps whatever state that takes."""
+
+    def prefill(self, requests: Sequence[DraftRequest], num_tokens: Sequence[int]) -> None:
+        """Read the first ``num_tokens[i]`` tokens of each prompt (the target is doing the same)."""
+
+    def propose(self, requests: Sequence[DraftRequest]) -> list[Proposal]:
+        """Return a proposal per request."""
+
+    def release(self, key: int) -> None:
+        """Forget a sequence that ended or lost its memory."""

@@ -1,0 +1,52 @@
+# Every target makes its own .venv when there is none; nothing but Python and a C++ compiler is needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CXX_FILES := $(wildcard csrc/*.cc csrc/*.h csrc/*.inc)
+
+.PHONY: demo test lint bench build asan clean
+
+demo: $(VENV)/.runtime
+	$(BIN)/specmoeoff demo
+
+test: lint
+	$(BIN)/pytest
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict src
+	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+bench: build
+	$(BIN)/python benchmarks/linear.py
+	$(BIN)/python benchmarks/expert_ffn.py
+
+# Builds again after a change to csrc/; Python files are used in place.
+build: $(VENV)/.dev
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
+
+# The kernel tests with AddressSanitizer and UndefinedBehaviorSanitizer.
+asan: build
+	$(BIN)/cmake -S . -B build/asan -G Ninja -DCMAKE_BUILD_TYPE=Debug -DSPECMOEOFF_SANITIZE=ON \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	$(BIN)/cmake --build build/asan
+	SPECMOEOFF_NATIVE=build/asan LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest -p no:cacheprovider tests/test_kernels_*.py
+
+$(VENV)/.created:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.runtime: $(VENV)/.created pyproject.toml CMakeLists.txt $(CXX_FILES)
+	$(BIN)/pip install --quiet -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.created pyproject.toml
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet -e .[dev]
+	touch $@
+
+clean:
+	rm -rf build

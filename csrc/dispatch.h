@@ -1,0 +1,45 @@
+// Which CPU target runs: the best this CPU has, unless one was asked for.
+//
+// A kernel family (linear, attention, ...) defines a struct of function pointers in its contract
+// header and one constant of it per target, declared `extern const Family k<Family>Scalar, ...` and
+// defined in <family>_<target>.cc. Select() picks the one that runs:
+//
+//     Select(&kLinearScalar, SPECMOEOFF_IF_X86(&kLinearAvx2), SPECMOEOFF_IF_X86(&kLinearAvx512))
+//
+// A later target (AVX-512-BF16, AMX) adds an enumerator; families without code for it fall back to
+// the one below.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#if defined(__x86_64__)
+#define SPECMOEOFF_IF_X86(x) (x)
+#else
+#define SPECMOEOFF_IF_X86(x) nullptr
+#endif
+
+namespace specmoeoff {
+
+enum class Target : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
+
+// Names of the targets this CPU supports, worst first: "scalar", "avx2", "avx512".
+std::vector<std::string> SupportedTargets();
+
+// The target that runs now. The first call honours SPECMOEOFF_CPU_TARGET; throws
+// std::invalid_argument if that names a target that is unknown or unsupported here.
+Target CurrentTarget();
+std::string CurrentTargetName();
+
+// Makes a target run from the next call on; throws std::invalid_argument like CurrentTarget().
+void UseTarget(const std::string& name);
+
+template <class Kernels>
+const Kernels& Select(const Kernels* scalar, const Kernels* avx2, const Kernels* avx512) {
+  const Target target = CurrentTarget();
+  if (target >= Target::kAvx512 && avx512) return *avx512;
+  if (target >= Target::kAvx2 && avx2) return *avx2;
+  return *scalar;
+}
+
+}  // namespace specmoeoff

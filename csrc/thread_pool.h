@@ -1,0 +1,45 @@
+// The one pool of compute threads. The caller works too; pieces are handed out by a counter; a
+// thread with nothing to do spins for some tens of microseconds and then sleeps.
+//
+// Safe to call from several threads at once (calls take turns) and from inside a piece of work (runs
+// inline on the calling thread).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+namespace specmoeoff {
+
+// Number of threads, the caller included. Starts as the number of CPUs this process may run on.
+int NumThreads();
+
+// Takes effect at once: waits for the running call, ends surplus threads. n >= 1.
+void SetNumThreads(int n);
+
+// A piece of work: `context` as given, `index` in [0, count).
+using PieceFunction = void (*)(void* context, int64_t index);
+
+// Calls f(context, i) once for every i in [0, count), in rising order of start, and returns when all
+// have returned. A piece may wait for a piece of lower index, never for a higher one.
+// f must not throw.
+void ParallelFor(int64_t count, PieceFunction f, void* context);
+
+template <class F>
+void ParallelFor(int64_t count, F&& f) {
+  ParallelFor(
+      count,
+      [](void* context, int64_t index) {
+        (*static_cast<std::remove_reference_t<F>*>(context))(index);
+      },
+      static_cast<void*>(&f));
+}
+
+// Waits until `*done >= wanted`: spins shortly, then yields, then sleeps in small steps.
+void WaitUntilAtLeast(const int64_t* done, int64_t wanted);
+
+// This thread's scratch memory, 64-byte aligned, grown to at least `bytes` and kept. Contents are
+// whatever was left there. One user at a time: a nested use gets the same memory.
+void* ThreadScratch(size_t bytes);
+
+}  // namespace specmoeoff

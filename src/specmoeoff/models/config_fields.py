@@ -50,15 +50,18 @@ class Fields:
             f"{self.file}: field '{self.prefix}{name}' is {self.values.get(name)!r}, which {complaint}"
         )
 
-    def _require(self, name: str) -> Any:
+    def _value(self, name: str, default: Any = None) -> Any:
+        """Return a field; null counts as absent, and absent is an error without a default."""
         value = self.values.get(name)
+        if value is None:
+            value = default
         if value is None:
             raise CheckpointError(f"{self.file}: field '{self.prefix}{name}' is missing")
         return value
 
     def integer(self, name: str, minimum: int = 1) -> int:
         """Return a required integer of at least ``minimum``."""
-        value = self._require(name)
+        value = self._value(name)
         if type(value) is not int or value < minimum:
             raise self.invalid(name, f"must be an integer of at least {minimum}")
         return value
@@ -69,23 +72,21 @@ class Fields:
 
     def number(self, name: str, default: float | None = None) -> float:
         """Return a finite number above zero."""
-        value = self._require(name) if default is None else self.values.get(name, default)
+        value = self._value(name, default)
         if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
             raise self.invalid(name, "must be a number above 0")
         return float(value)
 
     def boolean(self, name: str, default: bool) -> bool:
-        """Return true or false; null counts as absent."""
-        value = self.values.get(name)
-        if value is None:
-            return default
+        """Return true or false."""
+        value = self._value(name, default)
         if not isinstance(value, bool):
             raise self.invalid(name, "must be true or false")
         return value
 
     def text(self, name: str, default: str | None = None) -> str:
         """Return a string."""
-        value = self._require(name) if default is None else self.values.get(name, default)
+        value = self._value(name, default)
         if not isinstance(value, str):
             raise self.invalid(name, "must be a string")
         return value

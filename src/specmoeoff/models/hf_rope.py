@@ -41,6 +41,8 @@ def parse_rope(
     rope_type = _rope_type(stated)
     top = fields if "rope_theta" not in stated.values else stated
     theta = top.number("rope_theta", default_theta)
+    if theta <= 1:
+        raise top.invalid("rope_theta", "must be above 1")
     parameters: dict[str, Any] = {}
     partial = _first(stated, fields, "partial_rotary_factor")
     if partial is not None:
@@ -49,7 +51,7 @@ def parse_rope(
     for name in _REQUIRED[rope_type]:
         parameters[name] = filled.number(name)
     for name in _OPTIONAL.get(rope_type, ()):
-        if filled.get(name) is not None:
+        if filled.get(name):  # 0 means unstated, as in Transformers
             parameters[name] = filled.number(name)
     if rope_type == "yarn":
         parameters["truncate"] = filled.boolean("truncate", True)

@@ -49,7 +49,7 @@ class Rope:
         factor = float(self._rope.parameter("factor"))
         stretch = factor * length / self._max_positions - (factor - 1)
         bases = self._rope.theta * stretch ** (self._dim / (self._dim - 2))
-        return (bases[:, None] ** -_exponents(self._dim)).astype(np.float32)
+        return _frequencies(bases[:, None], self._dim)
 
 
 def rotary_dim(config: ModelConfig) -> int:
@@ -60,14 +60,14 @@ def rotary_dim(config: ModelConfig) -> int:
 def inverse_frequencies(config: ModelConfig) -> F32:
     """Return radians per position, float32 [rotary / 2], with the scaling rule applied."""
     rope, dim = config.rope, rotary_dim(config)
-    plain = rope.theta ** -_exponents(dim)
+    plain = _frequencies(np.float64(rope.theta), dim)
     if rope.rope_type == "linear":
         plain = plain / float(rope.parameter("factor"))
     elif rope.rope_type == "llama3":
         plain = _llama3(plain, rope)
     elif rope.rope_type == "yarn":
         plain = _yarn(plain, rope, dim)
-    return plain.astype(np.float32)
+    return plain
 
 
 def attention_factor(rope: RopeConfig) -> float:
@@ -84,16 +84,20 @@ def attention_factor(rope: RopeConfig) -> float:
     return _mscale(factor, 1.0)
 
 
-def _exponents(dim: int) -> F64:
-    """Return 0, 2, ... dim - 2 over dim."""
-    return np.arange(0, dim, 2, dtype=np.float64) / dim
+def _frequencies(theta: F64 | np.float64, dim: int) -> F32:
+    """Return theta ** (-2i / dim) for i < dim / 2, rounded to float32 where Transformers rounds.
+
+    At position 100,000 one unit in the last place is a hundredth of a radian.
+    """
+    exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    return np.float32(1) / (theta ** exponents.astype(np.float64)).astype(np.float32)
 
 
 def _mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def _llama3(plain: F64, rope: RopeConfig) -> F64:
+def _llama3(plain: F32, rope: RopeConfig) -> F32:
     """Leave short waves, divide long ones by the factor, blend those between."""
     factor = float(rope.parameter("factor"))
     low, high = float(rope.parameter("low_freq_factor")), float(rope.parameter("high_freq_factor"))
@@ -102,7 +106,7 @@ def _llama3(plain: F64, rope: RopeConfig) -> F64:
     return plain * (blend + (1 - blend) / factor)
 
 
-def _yarn(plain: F64, rope: RopeConfig, dim: int) -> F64:
+def _yarn(plain: F32, rope: RopeConfig, dim: int) -> F32:
     """Blend stretched and plain frequencies by how many turns fit the original context."""
     original = float(rope.parameter("original_max_position_embeddings"))
 
@@ -117,5 +121,5 @@ def _yarn(plain: F64, rope: RopeConfig, dim: int) -> F64:
     low, high = max(low, 0), min(high, dim - 1)
     if low == high:
         high += 0.001
-    stretched = np.clip((np.arange(dim // 2) - low) / (high - low), 0, 1)
+    stretched = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
     return plain * (1 - stretched) + plain / float(rope.parameter("factor")) * stretched

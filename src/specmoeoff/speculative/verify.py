@@ -15,13 +15,12 @@ length depend on the tokens before. Knows nothing of KV caches or batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from specmoeoff.errors import InvalidInputError
-from specmoeoff.outputs import FinishReason, Logprob
 from specmoeoff.sampling import (
     F32,
     F64,
@@ -30,7 +29,12 @@ from specmoeoff.sampling import (
     draw_index,
     logprobs,
 )
-from specmoeoff.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from specmoeoff.outputs import FinishReason, Logprob
+    from specmoeoff.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,20 @@ def test_sizes_are_read(size: str | int, num_bytes: int) -> None:
 
 @pytest.mark.parametrize(
     "size",
-    ["", "GiB", "1 GiB RAM", "-1GiB", "1e9", "1,5GiB", "0", "0.5", "1PiB", "1.2.3GB", "١GiB", "1iB"],
+    [
+        "",
+        "GiB",
+        "1 GiB RAM",
+        "-1GiB",
+        "1e9",
+        "1,5GiB",
+        "0",
+        "0.5",
+        "1PiB",
+        "1.2.3GB",
+        "\u0661GiB",
+        "1iB",
+    ],
 )
 def test_nonsense_is_refused_and_quoted(size: str) -> None:
     with pytest.raises(InvalidInputError, match="memory size") as caught:

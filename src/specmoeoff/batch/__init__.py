@@ -28,7 +28,14 @@ if TYPE_CHECKING:
     from specmoeoff.outputs import RequestOutput
     from specmoeoff.sampling_params import SamplingParams
 
-__all__ = ["BatchSummary", "OutputError", "check_paths", "partial_path", "result_record", "run_batch"]
+__all__ = [
+    "BatchSummary",
+    "OutputError",
+    "check_paths",
+    "partial_path",
+    "result_record",
+    "run_batch",
+]
 
 
 class Completes(Protocol):

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+
 from tiny import write_draft, write_tiny
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # A busy machine makes single examples slow, so nothing is judged by time.
 _QUIET = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 settings.register_profile("ci", derandomize=True, deadline=None, suppress_health_check=_QUIET)
-settings.register_profile(
-    "explore", deadline=None, max_examples=1000, suppress_health_check=_QUIET
-)
+settings.register_profile("explore", deadline=None, max_examples=1000, suppress_health_check=_QUIET)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 

@@ -1,10 +1,8 @@
-"""The slow twin of the engine: one sequence, all weights in memory, no batching and no streaming."""
+"""The slow twin of the engine: one sequence, all weights in memory, no batching, no streaming."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +10,10 @@ from numpy.typing import NDArray
 from specmoeoff import kernels
 from specmoeoff.models import Model, TensorSpec, build_model, parse_config
 from specmoeoff.offload.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
 
 F32 = NDArray[np.float32]
 Loaded = dict[str, Any]

@@ -5,27 +5,55 @@ from __future__ import annotations
 import json
 import warnings
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
-from plain_forward import PlainForward
-from tiny import tiny_config, write_tiny
 
+from plain_forward import PlainForward
 from specmoeoff.config import ModelConfig, RopeConfig
 from specmoeoff.errors import CheckpointError
 from specmoeoff.models import build_model, check_layout, check_router, parse_config
 from specmoeoff.models.rope import ROPE_TYPES, Rope
 from specmoeoff.offload.checkpoint import Checkpoint
+from tiny import tiny_config, write_tiny
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
 
 # Logits have a spread of about 3; both sides sum in float32, in different orders.
 ATOL = 3e-4
 
-PROMPT = [5, 200, 17, 99, 3, 3, 128, 64, 31, 7, 250, 2, 90, 91, 92, 18, 19, 20, 222, 1, 44, 45, 46, 8]
+PROMPT = [
+    5,
+    200,
+    17,
+    99,
+    3,
+    3,
+    128,
+    64,
+    31,
+    7,
+    250,
+    2,
+    90,
+    91,
+    92,
+    18,
+    19,
+    20,
+    222,
+    1,
+    44,
+    45,
+    46,
+    8,
+]
 
 YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
 ROPES: dict[str, dict[str, Any]] = {
@@ -100,9 +128,7 @@ def test_logits_are_those_of_transformers(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model_type", ["llama", "mixtral"])
 @pytest.mark.parametrize("rope", ROPES)
-def test_rope_scaling_gives_transformers_logits(
-    rope: str, model_type: str, tmp_path: Path
-) -> None:
+def test_rope_scaling_gives_transformers_logits(rope: str, model_type: str, tmp_path: Path) -> None:
     assert_same_logits(write_tiny(tmp_path, model_type, seed=4, rope_scaling=ROPES[rope]))
 
 

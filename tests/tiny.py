@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import json
 import struct
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from specmoeoff.kernels.reference import to_bfloat16, widen
 from specmoeoff.offload.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 Array = NDArray[np.generic]
 
@@ -32,7 +34,7 @@ STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 def tiny_config(model_type: str = "mixtral", **overrides: Any) -> dict[str, Any]:
-    """Return a config.json as Transformers 4 writes it, of odd shapes; overrides name its fields."""
+    """Return config.json as Transformers 4 writes it, of odd shapes; overrides name its fields."""
     config: dict[str, Any] = {
         "architectures": [f"{model_type.capitalize()}ForCausalLM"],
         "model_type": model_type,
@@ -232,7 +234,11 @@ def _ffn_weights(
     config: dict[str, Any], prefix: str, matrix: Any, expert_spread: float
 ) -> dict[str, NDArray[np.float32]]:
     hidden, intermediate = config["hidden_size"], config["intermediate_size"]
-    shapes = {"gate": (intermediate, hidden), "up": (intermediate, hidden), "down": (hidden, intermediate)}
+    shapes = {
+        "gate": (intermediate, hidden),
+        "up": (intermediate, hidden),
+        "down": (hidden, intermediate),
+    }
     gains = {"gate": 2.0, "up": 2.0, "down": 1.5}
     mean = {name: matrix(*shape, gains[name]) for name, shape in shapes.items()}
     if config["model_type"] != "mixtral":

@@ -2,19 +2,20 @@
 
 Weights come as dictionaries, canonical name -> array. Matrices are ``kernels.Weight`` as stored
 (float32, float16, bfloat16 bits or int8); what a TensorSpec says to widen is float32.
-Letters: T tokens, R rows, H query heads, G KV heads, D head size, V vocabulary, k experts per token.
+Letters: T tokens, R rows, H query heads, G KV heads, D head size, V vocabulary, k experts a token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from specmoeoff.config import ModelConfig
+if TYPE_CHECKING:
+    from specmoeoff.config import ModelConfig
 
 F32 = NDArray[np.float32]
 I32 = NDArray[np.int32]
@@ -59,7 +60,7 @@ class Model(Protocol):
         """Return the embeddings x [T, hidden] of token_ids int32 [T]."""
 
     def rope_tables(self, positions: I32) -> RopeTables:
-        """Return cos and sin [T, rotary / 2] for positions int32 [T], attention scaling included."""
+        """Return cos and sin [T, rotary / 2] of positions int32 [T], attention scaling included."""
 
     def pre_attention(self, weights: Weights, x: F32, rope: RopeTables) -> tuple[F32, F32, F32]:
         """Norm, project and rotate: x [T, hidden] -> q [T, H, D], k [T, G, D], v [T, G, D]."""

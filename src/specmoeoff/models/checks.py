@@ -1,14 +1,18 @@
-"""What can be wrong with a checkpoint's tensors beyond name and shape, said before anything runs."""
+"""What can be wrong with a checkpoint's tensors beyond name and shape, said before it runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from specmoeoff import kernels
 from specmoeoff.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from numpy.typing import NDArray
 
 FUSED_EXPERTS = "experts.gate_up_proj"
 
@@ -44,6 +48,6 @@ def check_layout(names: Iterable[str]) -> None:
         if name.endswith(FUSED_EXPERTS):
             raise CheckpointError(
                 f"tensor {name!r} holds all experts of a layer in one piece, which cannot be "
-                "streamed expert by expert; save the model again with transformers' save_pretrained "
-                "(save_original_format=True), which writes one tensor per expert"
+                "streamed expert by expert; save the model again with transformers' "
+                "save_pretrained(save_original_format=True), which writes one tensor per expert"
             )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from specmoeoff.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,9 @@ class Fields:
 
     def invalid(self, name: str, complaint: str) -> CheckpointError:
         """Return the error that quotes a field's value."""
+        value = self.values.get(name)
         return CheckpointError(
-            f"{self.file}: field '{self.prefix}{name}' is {self.values.get(name)!r}, which {complaint}"
+            f"{self.file}: field '{self.prefix}{name}' is {value!r}, which {complaint}"
         )
 
     def _value(self, name: str, default: Any = None) -> Any:

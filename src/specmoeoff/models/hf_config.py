@@ -7,13 +7,15 @@ refused by name. generation_config.json, where there is one, has the last word o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from specmoeoff.config import ModelConfig
 from specmoeoff.errors import CheckpointError
 from specmoeoff.models.config_fields import Fields
 from specmoeoff.models.hf_rope import parse_rope
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @dataclass(frozen=True)

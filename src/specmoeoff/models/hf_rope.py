@@ -88,9 +88,7 @@ def _first(first: Fields, second: Fields, name: str) -> Fields | None:
     return next((fields for fields in (first, second) if fields.get(name) is not None), None)
 
 
-def _fill(
-    stated: Fields, fields: Fields, rope_type: str, max_positions: int
-) -> dict[str, Any]:
+def _fill(stated: Fields, fields: Fields, rope_type: str, max_positions: int) -> dict[str, Any]:
     """Return the parameters with what Transformers derives where they are silent."""
     values = dict(stated.values)
     if rope_type not in ("yarn", "llama3"):
@@ -114,6 +112,7 @@ def _check_rotary_dim(fields: Fields, rope_type: str, head_dim: int, partial: fl
     smallest = 4 if rope_type == "dynamic" else 2
     if dim % 2 or not smallest <= dim <= head_dim:
         raise fields.invalid(
-            name, f"makes rotary embeddings turn {dim} of {head_dim} dimensions of a head; "
-            f"that must be an even number, {smallest} to {head_dim}"
+            name,
+            f"makes rotary embeddings turn {dim} of {head_dim} dimensions of a head; "
+            f"that must be an even number, {smallest} to {head_dim}",
         )

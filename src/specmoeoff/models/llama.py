@@ -6,12 +6,16 @@ shapes and names only: weights, KV cache and the experts' place in memory are th
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from specmoeoff import kernels
-from specmoeoff.config import ModelConfig
 from specmoeoff.models.base import F32, I32, RopeTables, TensorSpec, Weights
 from specmoeoff.models.rope import Rope
+
+if TYPE_CHECKING:
+    from specmoeoff.config import ModelConfig
 
 
 class Llama:
@@ -38,11 +42,16 @@ class Llama:
         return specs
 
     def layer_tensors(self, layer: int) -> dict[str, TensorSpec]:
-        """Return ``attn_norm q k v o ffn_norm``, and ``q_bias k_bias v_bias o_bias`` with biases."""
+        """Return ``attn_norm q k v o ffn_norm``, with biases ``q_bias`` ... ``o_bias`` too."""
         config, prefix = self.config, f"model.layers.{layer}"
         hidden = config.hidden_size
         wide, narrow = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        shapes = {"q": (wide, hidden), "k": (narrow, hidden), "v": (narrow, hidden), "o": (hidden, wide)}
+        shapes = {
+            "q": (wide, hidden),
+            "k": (narrow, hidden),
+            "v": (narrow, hidden),
+            "o": (hidden, wide),
+        }
         specs = {
             "attn_norm": TensorSpec(f"{prefix}.input_layernorm.weight", (hidden,), widen=True),
             "ffn_norm": TensorSpec(
@@ -67,7 +76,7 @@ class Llama:
         return kernels.embedding(token_ids, weights["embed"])
 
     def rope_tables(self, positions: I32) -> RopeTables:
-        """Return cos and sin [T, rotary / 2] for positions int32 [T], attention scaling included."""
+        """Return cos and sin [T, rotary / 2] of positions int32 [T], attention scaling included."""
         return self._rope.tables(positions)
 
     def pre_attention(self, weights: Weights, x: F32, rope: RopeTables) -> tuple[F32, F32, F32]:
@@ -100,9 +109,7 @@ class Llama:
     def head(self, weights: Weights, x: F32) -> F32:
         """Return logits [R, V] of the rows x [R, hidden], final norm included."""
         table = weights["embed" if self.config.tie_word_embeddings else "head"]
-        return kernels.linear(
-            kernels.rms_norm(x, weights["norm"], self.config.rms_norm_eps), table
-        )
+        return kernels.linear(kernels.rms_norm(x, weights["norm"], self.config.rms_norm_eps), table)
 
     def _swiglu(self, gate: str, up: str, down: str) -> dict[str, TensorSpec]:
         hidden, intermediate = self.config.hidden_size, self.config.intermediate_size

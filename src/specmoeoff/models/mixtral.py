@@ -1,4 +1,4 @@
-"""Mixtral: Llama's attention, and a feed-forward of E experts of which a router picks k per token."""
+"""Mixtral: Llama's attention, and a feed-forward of E experts; a router picks k for each token."""
 
 from __future__ import annotations
 
@@ -32,6 +32,4 @@ class Mixtral(Llama):
 
     def router(self, weights: Weights, h: F32) -> tuple[I32, F32]:
         """Choose experts for h [T, hidden]: ids int32 [T, k] and weights float32 [T, k]."""
-        return kernels.route(
-            kernels.linear(h, weights["router"]), self.config.num_experts_per_tok
-        )
+        return kernels.route(kernels.linear(h, weights["router"]), self.config.num_experts_per_tok)

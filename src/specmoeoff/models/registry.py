@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from specmoeoff.config import ModelConfig
+from typing import TYPE_CHECKING
+
 from specmoeoff.errors import CheckpointError
-from specmoeoff.models.base import Model
 from specmoeoff.models.llama import Llama
 from specmoeoff.models.mixtral import Mixtral
+
+if TYPE_CHECKING:
+    from specmoeoff.config import ModelConfig
+    from specmoeoff.models.base import Model
 
 MODELS: dict[str, type[Llama]] = {"llama": Llama, "mistral": Llama, "mixtral": Mixtral}
 

@@ -1,4 +1,4 @@
-"""Rotary position embedding: the frequencies of each scaling rule, and the tables for given positions.
+"""Rotary position embedding: the frequencies of each scaling rule, and tables for positions.
 
 Every position's row depends on that position alone, whatever else is in the step. Frequencies and
 angles are float32, as Transformers has them; the cosine is taken in double and rounded.
@@ -7,12 +7,14 @@ angles are float32, as Transformers has them; the cosine is taken in double and 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from specmoeoff.config import ModelConfig, RopeConfig
-from specmoeoff.models.base import F32, I32, RopeTables
+if TYPE_CHECKING:
+    from specmoeoff.config import ModelConfig, RopeConfig
+    from specmoeoff.models.base import F32, I32, RopeTables
 
 F64 = NDArray[np.float64]
 
@@ -36,7 +38,9 @@ class Rope:
             inv_freq = self._dynamic_frequencies(positions)
         angles = (positions.astype(np.float32)[:, None] * inv_freq).astype(np.float64)
         scale = self._scale
-        return (np.cos(angles) * scale).astype(np.float32), (np.sin(angles) * scale).astype(np.float32)
+        return (np.cos(angles) * scale).astype(np.float32), (np.sin(angles) * scale).astype(
+            np.float32
+        )
 
     def _dynamic_frequencies(self, positions: I32) -> F32:
         """Return the frequencies [T, rotary / 2] of NTK scaling by current length.
@@ -90,7 +94,8 @@ def _frequencies(theta: F64 | np.float64, dim: int) -> F32:
     At position 100,000 one unit in the last place is a hundredth of a radian.
     """
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
-    return np.float32(1) / (theta ** exponents.astype(np.float64)).astype(np.float32)
+    bases: F32 = (theta ** exponents.astype(np.float64)).astype(np.float32)
+    return np.float32(1) / bases
 
 
 def _mscale(factor: float, mscale: float) -> float:
@@ -102,7 +107,7 @@ def _llama3(plain: F32, rope: RopeConfig) -> F32:
     factor = float(rope.parameter("factor"))
     low, high = float(rope.parameter("low_freq_factor")), float(rope.parameter("high_freq_factor"))
     turns = float(rope.parameter("original_max_position_embeddings")) * plain / (2 * math.pi)
-    blend = np.clip((turns - low) / (high - low), 0, 1)
+    blend: F32 = np.clip((turns - low) / (high - low), 0, 1)
     return plain * (blend + (1 - blend) / factor)
 
 
@@ -121,5 +126,5 @@ def _yarn(plain: F32, rope: RopeConfig, dim: int) -> F32:
     low, high = max(low, 0), min(high, dim - 1)
     if low == high:
         high += 0.001
-    stretched = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+    stretched: F32 = np.clip((np.arange(dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
     return plain * (1 - stretched) + plain / float(rope.parameter("factor")) * stretched

@@ -1,1 +1,1 @@
-"""Bytes and where they lie: checkpoints read in place, and what is kept of them in memory. Knows no model."""
+"""Bytes and where they lie: checkpoints read in place, what is kept of them, the KV cache."""

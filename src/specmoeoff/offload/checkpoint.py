@@ -7,17 +7,19 @@ shards with an index; knows no model and no tensor name.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from specmoeoff.errors import CheckpointError, StreamError
 from specmoeoff.offload.direct_read import read_range
 from specmoeoff.offload.safetensors_header import NUMPY_DTYPES, Header, TensorRef, read_header
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = ["Checkpoint", "TensorRef"]
 

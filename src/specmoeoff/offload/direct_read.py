@@ -11,10 +11,14 @@ import ctypes
 import errno
 import mmap
 import os
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
 
 ALIGNMENT = 4096
 """O_DIRECT wants file offset, length and memory address to be multiples of the disk's block."""
@@ -53,7 +57,7 @@ def read_range(file: Path, offset: int, nbytes: int, itemsize: int = 1) -> NDArr
 
 
 def _fill(file: Path, begin: int, needed: int, buffer: memoryview) -> None:
-    """Read at least ``needed`` bytes from ``begin`` (both aligned but ``needed``) into ``buffer``."""
+    """Read at least ``needed`` bytes from ``begin``, which is aligned, into ``buffer``."""
     direct = getattr(os, "O_DIRECT", 0)
     if direct:
         try:

@@ -23,9 +23,9 @@ def resolve_model(model: str) -> Path:
             cannot be reached and its cache lacks the model.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         return path
-    if path.exists():
+    if model and path.exists():
         raise CheckpointError(f"{model} is a file; give the directory that holds config.json")
     if not _HUB_ID.fullmatch(model):
         raise CheckpointError(f"{model!r} is neither a directory nor a hub id such as owner/name")
@@ -38,9 +38,7 @@ def _fetch(hub_id: str) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     try:
-        return Path(
-            snapshot_download(hub_id, allow_patterns=WANTED, ignore_patterns=UNWANTED)
-        )
+        return Path(snapshot_download(hub_id, allow_patterns=WANTED, ignore_patterns=UNWANTED))
     except errors.GatedRepoError as error:
         raise CheckpointError(
             f"{hub_id} is gated: accept its licence on the hub and log in with 'hf auth login'"

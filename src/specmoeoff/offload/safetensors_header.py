@@ -10,12 +10,14 @@ import json
 import math
 import struct
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
 from specmoeoff.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 DType = Literal["BF16", "F16", "F32"]
 
@@ -91,9 +93,7 @@ def read_header(file: Path) -> Header:
                 f"{file}: tensor {name!r} has {end - begin} bytes, "
                 f"but {dtype} of shape {list(shape)} takes {expected}"
             )
-        tensors[name] = TensorRef(
-            file, data_begin + begin, expected, cast("DType", dtype), shape
-        )
+        tensors[name] = TensorRef(file, data_begin + begin, expected, cast("DType", dtype), shape)
     _check_overlap(file, spans)
     return Header(tensors, unsupported)
 
@@ -125,7 +125,9 @@ def _parse_entry(file: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...
     """Return dtype, shape, begin and end of one entry; offsets count from the end of the header."""
     if not isinstance(entry, dict):
         raise CheckpointError(f"{file}: the header entry of tensor {name!r} is not an object")
-    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
+    dtype: Any = entry.get("dtype")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
     if not isinstance(dtype, str):
         raise CheckpointError(f"{file}: tensor {name!r} has no dtype in the header")
     if not _is_sizes(shape):

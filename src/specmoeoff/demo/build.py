@@ -1,42 +1,40 @@
 """Builds the demo's pair of checkpoints: ``target``, a mixture of experts, and ``draft``, dense.
 
-The same parameters give the same bytes everywhere. A build is complete when its manifest is
-there, which is written last; anything else is begun again.
+The same parameters give the same bytes on every machine. Work is done in a directory of its own
+and moved into place when it is complete.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
+import math
 import shutil
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from specmoeoff.demo import prompts
+from specmoeoff.demo import manifest
 from specmoeoff.demo.calibrate import ffn_inputs
-from specmoeoff.demo.convert import convert, dense_config, kept_layers, write_json
-from specmoeoff.demo.fetch import MODEL, QUESTIONS, Progress, fetch_model, fetch_questions, sha256_of
+from specmoeoff.demo.convert import convert, dense_config, kept_layers
+from specmoeoff.demo.fetch import MODEL, QUESTIONS, Progress, fetch_model
 from specmoeoff.demo.gguf import GgufFile
+from specmoeoff.demo.prompts import calibration_texts
 from specmoeoff.demo.router import balanced_router
 from specmoeoff.demo.safetensors_file import map_tensors
 from specmoeoff.demo.upcycle import EXPERTS_PER_TOKEN, upcycle
-from specmoeoff.errors import CheckpointError, InvalidInputError, SpecMoEOffError
+from specmoeoff.errors import InvalidInputError, SpecMoEOffError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Iterator, Mapping
+    from pathlib import Path
 
 U16 = NDArray[np.uint16]
 
-RECIPE = 1
-"""Raised whenever the bytes of a build change, so that older builds are made anew."""
 MAX_EXPERTS = 512
-_MANIFEST = "manifest.json"
 _CALIBRATION_CHUNKS, _CALIBRATION_TOKENS = 6, 256
-_COPIED_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 # Streams of random numbers beside those of the experts, which are (seed, layer, expert, matrix).
 _ROUTER_STREAM = 1_000_003
 
@@ -61,15 +59,15 @@ def build_demo(
     """Make ``directory/target`` and ``directory/draft``, or find them there.
 
     The first call downloads SmolLM2-135M-Instruct (93 MB). A complete build with the same
-    parameters is left as it is; one with others is replaced.
+    parameters is left as it is, one with others is replaced.
 
     Args:
-        directory: Where to build. Only ``target``, ``draft`` and ``manifest.json`` in it are touched.
-        experts: Experts per layer of the target, 2 to 512; a token uses two.
+        directory: Where to build; only ``target``, ``draft`` and ``manifest.json`` in it are ours.
+        experts: Experts per layer of the target, 2 to 512; a token uses two of them.
         noise: How far experts are from the dense FFN, as a share of each matrix's standard
-            deviation, 0 to 1. At 0 target and draft always agree, at 0.10 on 84 % of the tokens.
+            deviation, 0 to 1. At 0 target and draft always agree, at 0.10 on 83 % of the tokens.
         drop_layers: Layers to leave out of the draft, which makes it weaker and cheaper.
-        seed: Another one gives other noise and other routers.
+        seed: Not negative; another one gives other noise and other routers.
         progress: Called with what is being done and the share of it that is done.
 
     Raises:
@@ -77,22 +75,19 @@ def build_demo(
         SpecMoEOffError: The download fails, or the disk is full.
     """
     parameters = _checked(experts, noise, drop_layers, seed)
-    paths = DemoPaths(directory / "target", directory / "draft")
-    report: Progress = progress or (lambda stage, done: None)
-    with _only_builder(directory):
-        if _is_complete(directory, parameters):
-            return paths
-        source = GgufFile(fetch_model(report))
-        fetch_questions(report)
-        build_from(source, prompts.calibration_texts(), directory, parameters, report)
-    return paths
+    report: Progress = progress or (lambda _stage, _done: None)
+    with manifest.only_builder(directory):
+        if not manifest.is_complete(directory, parameters):
+            source = GgufFile(fetch_model(report))
+            build_from(source, calibration_texts(report), directory, parameters, report)
+    return DemoPaths(directory / "target", directory / "draft")
 
 
 def build_from(
     source: GgufFile,
     texts: Iterable[str],
     directory: Path,
-    parameters: dict[str, Any],
+    parameters: Mapping[str, Any],
     report: Progress,
 ) -> None:
     """Build from a given model and given calibration texts; ``build_demo`` names the parameters.
@@ -101,34 +96,20 @@ def build_from(
         InvalidInputError, SpecMoEOffError: As ``build_demo``.
     """
     kept_layers(dense_config(source)["num_hidden_layers"], parameters["drop_layers"])
-    _refuse_foreign(directory)
+    manifest.refuse_foreign(directory)
     work = directory / ".building"
     shutil.rmtree(work, ignore_errors=True)
     try:
         _require_space(directory, source, parameters["experts"])
-        files = _write_pair(source, texts, work, parameters, report)
-        _replace(directory, work, {"recipe": RECIPE, "parameters": parameters, "files": files})
+        sums = _write_pair(source, texts, work, parameters, report)
+        manifest.install(work, directory, parameters, sums)
     except OSError as error:
         raise SpecMoEOffError(
-            f"cannot write the demo model to {directory}: {error}; make room or choose another directory"
+            f"cannot write the demo model to {directory}: {error}; "
+            "make room there or choose another directory"
         ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-def verify(directory: Path) -> None:
-    """Check every file of a build against the manifest's sums (a second per 1.5 GB).
-
-    Raises:
-        CheckpointError: A file is missing or differs, or there is no build.
-    """
-    manifest = _read_manifest(directory)
-    if manifest is None:
-        raise CheckpointError(f"{directory} holds no complete demo model (no {_MANIFEST})")
-    for name, entry in manifest["files"].items():
-        path = directory / name
-        if not path.is_file() or sha256_of(path) != entry["sha256"]:
-            raise CheckpointError(f"{path} is missing or damaged; remove {directory} and build again")
 
 
 def _checked(experts: int, noise: float, drop_layers: Collection[int], seed: int) -> dict[str, Any]:
@@ -150,44 +131,42 @@ def _checked(experts: int, noise: float, drop_layers: Collection[int], seed: int
 
 
 def _write_pair(
-    source: GgufFile, texts: Iterable[str], work: Path, parameters: dict[str, Any], report: Progress
-) -> dict[str, dict[str, Any]]:
-    """Write both checkpoints under ``work`` and return what the manifest says of their files."""
-    target, draft, dense = work / "target", work / "draft", work / "dense"
-    for path in (target, draft, dense):
-        path.mkdir(parents=True)
+    source: GgufFile,
+    texts: Iterable[str],
+    work: Path,
+    parameters: Mapping[str, Any],
+    report: Progress,
+) -> dict[str, str]:
+    """Write both checkpoints under ``work`` and return the sums of their large files."""
+    target, draft = work / "target", work / "draft"
+    target.mkdir(parents=True)
+    draft.mkdir()
     report("converting the dense model", 0.0)
-    digests = {"draft/model.safetensors": convert(source, draft, parameters["drop_layers"])}
-    whole = draft
+    sums = {"draft/model.safetensors": convert(source, draft, parameters["drop_layers"])}
+    dense = draft
     if parameters["drop_layers"]:
-        whole = dense
-        convert(source, whole)
+        # The target keeps the layers that the draft lacks.
+        dense = work / "dense"
+        dense.mkdir()
+        convert(source, dense)
     report("converting the dense model", 1.0)
 
-    config = json.loads((whole / "config.json").read_text(encoding="utf-8"))
-    weights = map_tensors(whole / "model.safetensors")
-    chunks = _calibration_chunks(whole, texts)
-    routers = list(_routers(weights, config, chunks, parameters, report))
+    config = json.loads((dense / "config.json").read_text(encoding="utf-8"))
+    weights = map_tensors(dense / "model.safetensors")
+    chunks = _calibration_chunks(dense, texts)
     shards = upcycle(
         weights,
         config,
-        routers,
+        list(_routers(weights, config, chunks, parameters, report)),
         target,
         noise=parameters["noise"],
         seed=parameters["seed"],
         progress=lambda done: report("writing the experts", done),
     )
-    digests |= {f"target/{name}": digest for name, digest in shards.items()}
-    for name in _COPIED_FILES:
-        if (whole / name).is_file():
-            shutil.copyfile(whole / name, target / name)
-    shutil.rmtree(dense)
-    files = sorted(path for path in work.rglob("*") if path.is_file())
-    names = {path.relative_to(work).as_posix(): path for path in files}
-    return {
-        name: {"bytes": path.stat().st_size, "sha256": digests.get(name) or sha256_of(path)}
-        for name, path in names.items()
-    }
+    for path in dense.iterdir():
+        if path.name not in ("config.json", "model.safetensors"):
+            shutil.copyfile(path, target / path.name)
+    return sums | {f"target/{name}": digest for name, digest in shards.items()}
 
 
 def _calibration_chunks(checkpoint: Path, texts: Iterable[str]) -> NDArray[np.int32]:
@@ -200,15 +179,18 @@ def _calibration_chunks(checkpoint: Path, texts: Iterable[str]) -> NDArray[np.in
             break
     length = min(_CALIBRATION_TOKENS, len(ids) // _CALIBRATION_CHUNKS)
     if length < 2:
-        raise InvalidInputError("the calibration texts are too short to balance routers on")
+        raise InvalidInputError(
+            f"the calibration texts have {len(ids)} tokens; "
+            f"balancing routers takes {2 * _CALIBRATION_CHUNKS} or more"
+        )
     return np.array(ids[: _CALIBRATION_CHUNKS * length], np.int32).reshape(-1, length)
 
 
 def _routers(
-    weights: dict[str, U16],
-    config: dict[str, Any],
+    weights: Mapping[str, U16],
+    config: Mapping[str, Any],
     chunks: NDArray[np.int32],
-    parameters: dict[str, Any],
+    parameters: Mapping[str, Any],
     report: Progress,
 ) -> Iterator[U16]:
     for layer, h in enumerate(ffn_inputs(weights, config, chunks)):
@@ -220,67 +202,12 @@ def _routers(
 
 def _require_space(directory: Path, source: GgufFile, experts: int) -> None:
     config = dense_config(source)
-    expert_bytes = 2 * 3 * config["hidden_size"] * config["intermediate_size"]
-    dense_bytes = 2 * sum(int(np.prod(t.shape)) for t in source.tensors.values())
-    needed = experts * config["num_hidden_layers"] * expert_bytes + 3 * dense_bytes
+    matrix_bytes = 2 * config["hidden_size"] * config["intermediate_size"]
+    dense_bytes = 2 * sum(math.prod(tensor.shape) for tensor in source.tensors.values())
+    needed = 3 * matrix_bytes * experts * config["num_hidden_layers"] + 3 * dense_bytes
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise SpecMoEOffError(
-            f"the demo model needs up to {needed / 1e9:.1f} GB in {directory}, "
+            f"the demo model needs {needed / 1e9:.1f} GB in {directory}, "
             f"which has {free / 1e9:.1f} GB free; choose another directory or fewer experts"
         )
-
-
-def _refuse_foreign(directory: Path) -> None:
-    """Leave alone what no build of ours has made."""
-    if _read_manifest(directory) is None:
-        for name in ("target", "draft"):
-            if (directory / name).exists() and not (directory / ".replacing").exists():
-                raise InvalidInputError(
-                    f"{directory / name} exists and was not made by this demo; choose another directory"
-                )
-
-
-def _replace(directory: Path, work: Path, manifest: dict[str, Any]) -> None:
-    # The mark says, should this be interrupted, that target and draft are ours to overwrite.
-    mark = directory / ".replacing"
-    mark.touch()
-    (directory / _MANIFEST).unlink(missing_ok=True)
-    for name in ("target", "draft"):
-        shutil.rmtree(directory / name, ignore_errors=True)
-        (work / name).rename(directory / name)
-    write_json(work / _MANIFEST, manifest)
-    (work / _MANIFEST).rename(directory / _MANIFEST)
-    mark.unlink()
-
-
-def _read_manifest(directory: Path) -> dict[str, Any] | None:
-    try:
-        manifest = json.loads((directory / _MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return manifest if isinstance(manifest, dict) and "recipe" in manifest else None
-
-
-def _is_complete(directory: Path, parameters: dict[str, Any]) -> bool:
-    """Whether the manifest fits and every file has its size; ``verify`` reads them as well."""
-    manifest = _read_manifest(directory)
-    if manifest is None or (manifest["recipe"], manifest["parameters"]) != (RECIPE, parameters):
-        return False
-    return all(
-        (directory / name).is_file() and (directory / name).stat().st_size == entry["bytes"]
-        for name, entry in manifest["files"].items()
-    )
-
-
-@contextmanager
-def _only_builder(directory: Path) -> Iterator[None]:
-    """Hold the directory's lock: a second process waits, and then finds the build complete."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / ".lock").open("w")
-    except OSError as error:
-        raise SpecMoEOffError(f"cannot write to {directory}: {error}; choose another directory") from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from specmoeoff.demo import exact
-from specmoeoff.demo.exact import F64
 from specmoeoff.kernels import widen
+
+if TYPE_CHECKING:
+    from specmoeoff.demo.exact import F64
 
 Weights = Mapping[str, NDArray[np.uint16]]
 
@@ -44,13 +46,15 @@ def ffn_inputs(
             return widen(weights[f"{prefix}{name}.weight"]).astype(np.float64)
 
         h = _rms_norm(x, load("input_layernorm"), config["rms_norm_eps"])
-        heads = [
+        q, k, v = (
             exact.dot(h, load(f"self_attn.{name}_proj"))
             .reshape(num_chunks, length, -1, config["head_dim"])
             .transpose(0, 2, 1, 3)
             for name in "qkv"
-        ]
-        attention = np.concatenate([_attention(*parts, rotation) for parts in zip(*heads, strict=True)])
+        )
+        attention = np.concatenate(
+            [_attention(q[i], k[i], v[i], rotation) for i in range(num_chunks)]
+        )
         x = x + exact.dot(attention, load("self_attn.o_proj"))
         h = _rms_norm(x, load("post_attention_layernorm"), config["rms_norm_eps"])
         yield h
@@ -64,7 +68,8 @@ def _rope_frequencies(config: Mapping[str, Any]) -> F64:
 
 
 def _rms_norm(x: F64, weight: F64, eps: float) -> F64:
-    return x / np.sqrt(exact.total(x * x) / x.shape[-1] + eps) * weight
+    mean_square: F64 = exact.total(x * x) / x.shape[-1]
+    return x / np.sqrt(mean_square + eps) * weight
 
 
 def _rotate(x: F64, rotation: tuple[F64, F64]) -> F64:

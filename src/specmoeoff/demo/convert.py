@@ -7,17 +7,20 @@ byte-level BPE tokenizer. ``dropped_layers`` leaves layers out, which gives a we
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from specmoeoff.demo.gguf import GgufFile
 from specmoeoff.demo.safetensors_file import TensorPlan, in_file_order, write_tensors
 from specmoeoff.errors import CheckpointError, InvalidInputError
 from specmoeoff.kernels import to_bfloat16
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+    from pathlib import Path
+
+    from specmoeoff.demo.gguf import GgufFile
 
 U16 = NDArray[np.uint16]
 
@@ -204,13 +207,19 @@ def _added_token(content: str) -> dict[str, Any]:
 
 def _tokenizer(source: GgufFile, tokens: list[str], special_ids: list[int]) -> dict[str, Any]:
     """Return tokenizer.json's content, written out here so that no library version changes it."""
-    kind, split = source.metadata.get("tokenizer.ggml.model"), source.metadata.get("tokenizer.ggml.pre")
+    kind = source.metadata.get("tokenizer.ggml.model")
+    split = source.metadata.get("tokenizer.ggml.pre")
     if (kind, split) != ("gpt2", "smollm"):
         raise CheckpointError(
             f"{source.path} has tokenizer {kind!r} with pre-tokenizer {split!r}; "
             "only 'gpt2' with 'smollm' can be converted"
         )
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
     return {
         "version": "1.0",
         "truncation": None,

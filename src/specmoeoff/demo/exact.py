@@ -24,12 +24,14 @@ MAX_INNER_SIZE = 1 << (53 - 2 * _PRODUCT_BITS)
 def snap(x: F64, bits: int = _PRODUCT_BITS) -> F64:
     """Round the last dimension's runs to multiples of 2^-bits of their next power of two."""
     exponent = np.frexp(np.abs(x).max(axis=-1, keepdims=True))[1]
-    return np.ldexp(np.rint(np.ldexp(x, bits - exponent)), exponent - bits) + 0.0
+    snapped: F64 = np.ldexp(np.rint(np.ldexp(x, bits - exponent)), exponent - bits)
+    return snapped + 0.0
 
 
 def total(x: F64) -> F64:
     """Return the sum over the last dimension, kept as a dimension of size 1."""
-    return snap(x, _SUM_BITS).sum(axis=-1, keepdims=True)
+    summed: F64 = snap(x, _SUM_BITS).sum(axis=-1, keepdims=True)
+    return summed
 
 
 def dot(a: F64, b: F64) -> F64:
@@ -39,7 +41,9 @@ def dot(a: F64, b: F64) -> F64:
     """
     if a.shape[-1] > MAX_INNER_SIZE:
         raise ValueError(f"inner size {a.shape[-1]} exceeds {MAX_INNER_SIZE}: sums would round")
-    return np.matmul(snap(a), np.swapaxes(snap(b), -1, -2)) + 0.0
+    product: F64 = np.matmul(snap(a), np.swapaxes(snap(b), -1, -2))
+    # No zero of either sign: which one a sum starts from is up to the BLAS.
+    return product + 0.0
 
 
 def exp(x: F64) -> F64:

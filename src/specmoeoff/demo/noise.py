@@ -7,9 +7,12 @@ and those call the C library's logarithm. Here the bits are only added up, as in
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _FIELD = np.uint64(0x0000FFFF0000FFFF)
 _SIXTEEN = np.uint64(16)

@@ -6,12 +6,13 @@ The two never meet: what the routers are balanced on is not what the demo measur
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from specmoeoff.demo.fetch import fetch_questions
+from specmoeoff.demo.fetch import Progress, fetch_questions
 from specmoeoff.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 Message = dict[str, str]
 
@@ -33,13 +34,13 @@ def load_prompts(n: int = 16) -> list[list[Message]]:
     return [[{"role": "user", "content": first_turns[i]}] for i in PROMPT_IDS[:n]]
 
 
-def calibration_texts() -> Iterator[str]:
+def calibration_texts(progress: Progress | None = None) -> Iterator[str]:
     """Yield every turn of the questions that are no prompts, in order."""
-    for question in _questions():
+    for question in _questions(progress):
         if question["question_id"] not in PROMPT_IDS:
             yield from question["turns"]
 
 
-def _questions() -> list[dict[str, Any]]:
-    path: Path = fetch_questions()
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def _questions(progress: Progress | None = None) -> list[dict[str, Any]]:
+    lines = fetch_questions(progress).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]

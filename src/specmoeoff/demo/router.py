@@ -1,20 +1,25 @@
 """Makes a router for experts that have not learned anything to be routed by.
 
 Random directions alone load the experts unevenly, because FFN inputs have a large mean and a few
-strong directions. So the directions are whitened on real FFN inputs, made blind to the mean, scaled to
-unit deviation, and given small offsets (along that mean, as Mixtral's router has no bias) until
+strong directions. So the directions are whitened on real FFN inputs, made blind to the mean, scaled
+to unit deviation, and given small offsets (along that mean, as Mixtral's router has no bias) until
 the calibration tokens are spread evenly. Which token goes where stays arbitrary: cache-hit rates
 measured on such a router say nothing about a trained one.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-from numpy.typing import NDArray
 
 from specmoeoff.demo import exact, noise
-from specmoeoff.demo.exact import F64
 from specmoeoff.kernels import to_bfloat16
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from specmoeoff.demo.exact import F64
 
 _RIDGE = 0.05
 """Added to the covariance, as a share of its mean variance: weak directions are mostly noise."""
@@ -54,7 +59,8 @@ def _whiten(directions: F64, centred: F64) -> F64:
 def _deviation(x: F64) -> F64:
     """Return the standard deviation of each row, kept as a column."""
     centred = x - exact.total(x) / x.shape[-1]
-    return np.sqrt(exact.total(centred * centred) / x.shape[-1])
+    variance: F64 = exact.total(centred * centred) / x.shape[-1]
+    return np.sqrt(variance)
 
 
 def _balance(logits: F64, strength: F64, top_k: int) -> F64:

@@ -10,14 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from specmoeoff.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
 
 U16 = NDArray[np.uint16]
 
@@ -62,7 +65,7 @@ def write_tensors(path: Path, plans: Sequence[TensorPlan], values: Iterable[U16]
         for plan, value in zip(plans, values, strict=True):
             if value.shape != plan.shape or value.dtype != np.uint16:
                 raise ValueError(f"{plan.name}: got {value.dtype} {value.shape}, want {plan.shape}")
-            write(memoryview(np.ascontiguousarray(value, "<u2")).cast("B"))
+            write(np.ascontiguousarray(value, "<u2").data.cast("B"))
     return digest.hexdigest()
 
 

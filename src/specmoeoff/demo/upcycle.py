@@ -10,10 +10,8 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +20,10 @@ from specmoeoff.demo import noise as noise_source
 from specmoeoff.demo.convert import write_json
 from specmoeoff.demo.safetensors_file import TensorPlan, in_file_order, write_tensors
 from specmoeoff.kernels import widen
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
 U16 = NDArray[np.uint16]
 
@@ -122,7 +124,9 @@ def pack_shards(units: Iterable[list[TensorPlan]], max_bytes: int) -> list[list[
     return shards
 
 
-def _units(dense: Mapping[str, U16], num_layers: int, num_experts: int) -> Iterator[list[TensorPlan]]:
+def _units(
+    dense: Mapping[str, U16], num_layers: int, num_experts: int
+) -> Iterator[list[TensorPlan]]:
     def same(*names: str) -> list[TensorPlan]:
         return [TensorPlan(name, dense[name].shape) for name in names if name in dense]
 

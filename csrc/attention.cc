@@ -1,0 +1,204 @@
+// Plans the work of a chunked attention call and hands it to the pool; what each query sees.
+#include "attention.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "dispatch.h"
+#include "thread_pool.h"
+
+namespace specmoeoff {
+namespace {
+
+// With fewer items than this per thread the KV ranges become items of their own.
+constexpr int kItemsPerThread = 4;
+
+int NumQueries(const AttentionCall& call, int sequence) {
+  return call.q_offsets[sequence + 1] - call.q_offsets[sequence];
+}
+
+// Tokens at or past this one lie outside query i's causal past; with a tree, see the tree's bits.
+int64_t Position(const AttentionCall& call, int sequence, int query) {
+  return int64_t{call.kv_lens[sequence]} - NumQueries(call, sequence) + query;
+}
+
+int64_t WindowBegin(const AttentionCall& call, int64_t position) {
+  return call.sliding_window > 0 ? std::max<int64_t>(0, position - call.sliding_window + 1) : 0;
+}
+
+// Bits of tokens base .. base + 63 that lie in [begin, end).
+uint64_t BitsBetween(int64_t begin, int64_t end, int64_t base) {
+  const auto below = [base](int64_t at) {
+    const int64_t n = std::clamp<int64_t>(at - base, 0, 64);
+    return n == 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1;
+  };
+  return below(end) & ~below(begin);
+}
+
+// Kept by each calling thread: the list of items, and the results of ranges.
+struct Plan {
+  std::vector<AttentionItem> items;
+  std::vector<int> num_ranges;       // per item
+  std::vector<int64_t> first_piece;  // per item, and the end
+  std::unique_ptr<float[]> partials;
+  size_t num_partials = 0;
+
+  float* Partials(size_t floats) {
+    if (floats > num_partials) {
+      partials.reset();  // first, so that both are never alive
+      partials.reset(new float[floats]);
+      num_partials = floats;
+    }
+    return partials.get();
+  }
+};
+
+// Most rows that an item gets: all of them if the scratch allows.
+int ListItems(const AttentionCall& call, int num_sequences, std::vector<AttentionItem>& items) {
+  const int group = call.num_heads / call.num_kv_heads;
+  int most = 0;
+  items.clear();
+  for (int b = 0; b < num_sequences; ++b) {
+    const int64_t rows = int64_t{NumQueries(call, b)} * group;
+    const int64_t tiles = (rows + kAttentionMaxRows - 1) / kAttentionMaxRows;
+    for (int g = 0; g < call.num_kv_heads; ++g) {
+      for (int64_t i = 0; i < tiles; ++i) {
+        const int first = static_cast<int>(rows * i / tiles);
+        const int count = static_cast<int>(rows * (i + 1) / tiles) - first;
+        items.push_back({b, g, first, count, -1});
+        most = std::max(most, count);
+      }
+    }
+  }
+  return most;
+}
+
+void AttendByRange(const AttentionCall& call, const AttentionKernels& kernels, size_t scratch_bytes,
+                   Plan& plan) {
+  const int64_t floats = AttentionPartialFloats(call.head_dim);
+  size_t total = 0;
+  std::vector<size_t> offsets;
+  std::vector<std::pair<int, int>> pieces;
+  plan.num_ranges.clear();
+  for (size_t i = 0; i < plan.items.size(); ++i) {
+    const AttentionItem& item = plan.items[i];
+    const int64_t end = VisibleSpan(call, item).end;
+    const int ranges = static_cast<int>((end + kAttentionRange - 1) / kAttentionRange);
+    plan.num_ranges.push_back(ranges);
+    offsets.push_back(total);
+    total += static_cast<size_t>(ranges) * item.num_rows * floats;
+    for (int r = 0; r < ranges; ++r) pieces.emplace_back(static_cast<int>(i), r);
+  }
+  float* const partials = plan.Partials(total);
+  ParallelFor(static_cast<int64_t>(pieces.size()), [&](int64_t index) {
+    const auto [i, range] = pieces[index];
+    AttentionItem item = plan.items[i];
+    item.range = range;
+    kernels.attend(call, item, static_cast<float*>(ThreadScratch(scratch_bytes)),
+                   partials + offsets[i] + static_cast<size_t>(range) * item.num_rows * floats);
+  });
+  ParallelFor(static_cast<int64_t>(plan.items.size()), [&](int64_t i) {
+    kernels.combine(call, plan.items[i], static_cast<float*>(ThreadScratch(scratch_bytes)),
+                    partials + offsets[i], plan.num_ranges[i]);
+  });
+}
+
+uint16_t ToBFloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+void Put(float x, float& to) { to = x; }
+void Put(float x, uint16_t& to) { to = ToBFloat16(x); }
+
+template <class T>
+void AppendHead(const AppendCall& call, int head) {
+  const int64_t head_dim = call.head_dim, page_size = call.page_size;
+  for (int64_t t = 0; t < call.num_tokens; ++t) {
+    const int64_t page = call.slots[t] / page_size, at = call.slots[t] % page_size;
+    const int64_t from = (t * call.num_kv_heads + head) * head_dim;
+    const int64_t in_page = head * head_dim * page_size;
+    T* const k = static_cast<T*>(call.key_pages) + page * call.key_page_stride + in_page + at;
+    T* const v = static_cast<T*>(call.value_pages) + page * call.value_page_stride + in_page +
+                 at * head_dim;
+    for (int64_t d = 0; d < head_dim; ++d) Put(call.keys[from + d], k[d * page_size]);
+    for (int64_t d = 0; d < head_dim; ++d) Put(call.values[from + d], v[d]);
+  }
+}
+
+}  // namespace
+
+AttentionSpan VisibleSpan(const AttentionCall& call, const AttentionItem& item) {
+  const int group = call.num_heads / call.num_kv_heads;
+  const int b = item.sequence;
+  const int64_t first = Position(call, b, item.first_row / group);
+  const int64_t last = Position(call, b, (item.first_row + item.num_rows - 1) / group);
+  AttentionSpan span{WindowBegin(call, first), last + 1, WindowBegin(call, last), first + 1};
+  if (call.tree_mask) {
+    span.end = call.kv_lens[b];
+    span.all_end = Position(call, b, 0);
+  }
+  return span;
+}
+
+uint64_t VisibleTokens(const AttentionCall& call, int sequence, int query, int64_t base) {
+  const int64_t position = Position(call, sequence, query);
+  const int64_t begin = WindowBegin(call, position);
+  if (!call.tree_mask) return BitsBetween(begin, position + 1, base);
+  const int n = NumQueries(call, sequence);
+  const int64_t prefix = Position(call, sequence, 0);
+  uint64_t tree = call.tree_mask[call.q_offsets[sequence] + query] & BitsBetween(0, n, 0);
+  const int64_t shift = prefix - base;
+  if (shift >= 64 || shift <= -64) {
+    tree = 0;
+  } else {
+    tree = shift >= 0 ? tree << shift : tree >> -shift;
+  }
+  const uint64_t seen = BitsBetween(0, prefix, base) | tree;
+  return seen & BitsBetween(begin, call.kv_lens[sequence], base);
+}
+
+int64_t AttentionScratchFloats(int head_dim, int num_rows) {
+  const int64_t padded = AttentionPaddedDim(head_dim);
+  const int64_t rows = (num_rows + 15) / 16 * 16;
+  return rows * (3 * padded + kAttentionBlock + 2 * 16 + 8) + kAttentionBlock * (2 * padded + 16);
+}
+
+void ChunkedAttention(const AttentionCall& call, int num_sequences) {
+  thread_local Plan plan;
+  const AttentionKernels& kernels = Select(&kAttentionScalar, SPECMOEOFF_IF_X86(&kAttentionAvx2),
+                                           SPECMOEOFF_IF_X86(&kAttentionAvx512));
+  const int rows = ListItems(call, num_sequences, plan.items);
+  const size_t bytes = sizeof(float) * AttentionScratchFloats(call.head_dim, rows);
+  const int64_t num_items = static_cast<int64_t>(plan.items.size());
+  if (num_items < int64_t{kItemsPerThread} * NumThreads()) {
+    AttendByRange(call, kernels, bytes, plan);
+    return;
+  }
+  Plan& mine = plan;
+  ParallelFor(num_items, [&](int64_t i) {
+    kernels.attend(call, mine.items[i], static_cast<float*>(ThreadScratch(bytes)), nullptr);
+  });
+}
+
+void AppendKv(const AppendCall& call) {
+  auto head = [&call](int64_t g) {
+    if (call.is_bfloat16) {
+      AppendHead<uint16_t>(call, static_cast<int>(g));
+    } else {
+      AppendHead<float>(call, static_cast<int>(g));
+    }
+  };
+  // A few tokens are done before a second thread has woken up.
+  if (call.num_tokens * call.num_kv_heads * call.head_dim < 65536) {
+    for (int g = 0; g < call.num_kv_heads; ++g) head(g);
+  } else {
+    ParallelFor(call.num_kv_heads, head);
+  }
+}
+
+}  // namespace specmoeoff

@@ -1,0 +1,115 @@
+// Chunked attention over a paged KV cache: n new tokens of each sequence against its whole KV.
+//
+// Who owns what: the caller owns every pointer and keeps it alive during the call; nothing here
+// allocates except the scratch the caller passes in. `out` may not overlap any input. All functions
+// may be called from any number of threads at once, on disjoint work items.
+//
+// Order of every sum (why a row's bits depend on nothing but the row): KV is walked in blocks of
+// kBlock tokens aligned at position 0. A score is a chain of fused multiply-adds over d = 0, 1, ...
+// An output element is a chain over visible tokens in rising order. The softmax sum has 16 partials
+// (token mod 16), combined as (j, j+8), (j, j+4), (j, j+2), (j, j+1). The running maximum, sum and
+// output restart every kRange tokens, and the ranges are combined in rising order. Page size, number
+// of queries, tiling, batch mates, threads and CPU target change none of this.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace specmoeoff {
+
+inline constexpr int kAttentionBlock = 64;
+inline constexpr int kAttentionRange = 1024;
+inline constexpr int kAttentionMaxHeadDim = 1024;
+// Rows (query token x query head of the group) that share one pass over the KV.
+inline constexpr int kAttentionMaxRows = 128;
+
+struct AttentionCall {
+  const float* q;     // [T, H, D]
+  float* out;         // [T, H, D]
+  const void* keys;   // [num_pages, G, D, P]: token-minor, so scores need no horizontal sums
+  const void* values; // [num_pages, G, P, D]
+  int64_t key_page_stride;    // elements from one page to the next
+  int64_t value_page_stride;
+  bool is_bfloat16;           // element type of keys and values: bfloat16 or float32
+  const int32_t* page_tables; // [B, table_width], entries below ceil(kv_len / P) are valid pages
+  int64_t table_width;
+  const int32_t* q_offsets;   // [B + 1], rising
+  const int32_t* kv_lens;     // [B], at least the sequence's number of queries
+  int num_heads;
+  int num_kv_heads;
+  int head_dim;
+  int page_size;              // a multiple of 16
+  double scale;
+  double softcap;             // 0: none
+  int64_t sliding_window;     // 0: none
+  const float* sinks;         // [H] or null
+  const uint64_t* tree_mask;  // [T] or null: bit j = sees new token j
+};
+
+// One piece of work: some rows of one sequence and KV head. Row r is query token r / group of the
+// sequence, query head r % group of the KV head.
+struct AttentionItem {
+  int sequence;
+  int kv_head;
+  int first_row;
+  int num_rows;  // 1 to kAttentionMaxRows
+  int range;     // the KV range to do, or -1 for all of them and the final result
+};
+
+// Floats of one row's result over one range: 16 partial sums, maximum, seen flag, padding, output.
+inline int AttentionPaddedDim(int head_dim) { return (head_dim + 15) / 16 * 16; }
+inline int64_t AttentionPartialFloats(int head_dim) { return 32 + AttentionPaddedDim(head_dim); }
+// Floats of scratch that one thread needs for items of up to `num_rows` rows; 64-byte aligned.
+int64_t AttentionScratchFloats(int head_dim, int num_rows);
+
+struct AttentionKernels {
+  // Does an item. `partial` [num_rows, AttentionPartialFloats] takes the result of a single range;
+  // unused (null) if item.range is -1.
+  void (*attend)(const AttentionCall& call, const AttentionItem& item, float* scratch,
+                 float* partial);
+  // Combines the partial results [num_ranges, num_rows, ...] of all ranges and writes the rows.
+  void (*combine)(const AttentionCall& call, const AttentionItem& item, float* scratch,
+                  const float* partials, int num_ranges);
+};
+
+extern const AttentionKernels kAttentionScalar;
+#if defined(__x86_64__) || defined(_M_X64)
+extern const AttentionKernels kAttentionAvx2;
+extern const AttentionKernels kAttentionAvx512;
+#endif
+
+// KV positions that an item's queries see: none outside [begin, end), all in [all_begin, all_end).
+struct AttentionSpan {
+  int64_t begin;
+  int64_t end;
+  int64_t all_begin;
+  int64_t all_end;
+};
+AttentionSpan VisibleSpan(const AttentionCall& call, const AttentionItem& item);
+
+// Does the whole call on the pool's threads. T is q_offsets[num_sequences].
+void ChunkedAttention(const AttentionCall& call, int num_sequences);
+
+// Bits of tokens base .. base + 63 that query token i of n (KV length kv_len) sees.
+uint64_t VisibleTokens(const AttentionCall& call, int sequence, int query, int64_t base);
+
+struct AppendCall {
+  const float* keys;    // [T, G, D]
+  const float* values;  // [T, G, D]
+  void* key_pages;      // as in AttentionCall
+  void* value_pages;
+  int64_t key_page_stride;
+  int64_t value_page_stride;
+  bool is_bfloat16;
+  const int32_t* slots;  // [T] page * P + offset, valid
+  int64_t num_tokens;
+  int num_kv_heads;
+  int head_dim;
+  int page_size;
+};
+
+// Writes new keys and values into their pages, rounded to nearest even for bfloat16 (NaN kept). A
+// slot given twice keeps the later token.
+void AppendKv(const AppendCall& call);
+
+}  // namespace specmoeoff

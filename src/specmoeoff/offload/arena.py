@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PAGE_BYTES = mmap.PAGESIZE
+# Python names it from 3.13 on; Linux has the same value on x86-64 and aarch64.
+MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 
 def round_up(num_bytes: int, multiple: int = PAGE_BYTES) -> int:
@@ -29,7 +31,7 @@ class Arena:
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = round_up(max(num_bytes, 1))
         self._map = mmap.mmap(
-            -1, self.num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_NORESERVE
+            -1, self.num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
         )
         # A huge page would make 2 MiB resident for the first byte touched: the budget counts pages.
         self._map.madvise(mmap.MADV_NOHUGEPAGE)

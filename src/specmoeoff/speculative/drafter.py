@@ -12,10 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from specmoeoff.sampling import SequenceSampler
+    from specmoeoff.sampling import Distribution, SequenceSampler
 
 
 @dataclass(frozen=True)
@@ -37,8 +34,8 @@ class Proposal:
     """Drafted tokens of one sequence, a chain."""
 
     token_ids: list[int] = field(default_factory=list)
-    probs: list[NDArray[np.float64] | None] = field(default_factory=list)
-    """Per token the distribution it was drawn from, [V]; None says that it was certain."""
+    distributions: list[Distribution | None] = field(default_factory=list)
+    """What each token was drawn from; None says that it was proposed with certainty."""
 
 
 class Drafter(Protocol):

@@ -91,10 +91,10 @@ class ModelDrafter:
             logits = self._forward.logits(hidden)
             for i, row, scores in zip(live, rows, logits, strict=True):
                 self._states[requests[i].key].seen.extend(row)
-                token, probs = choosers[i].draw(scores)
+                token, distribution = choosers[i].draw(scores)
                 choosers[i].observe(token)
                 proposals[i].token_ids.append(token)
-                proposals[i].probs.append(probs)
+                proposals[i].distributions.append(distribution)
             live = [i for i in live if len(proposals[i].token_ids) < requests[i].num_tokens]
             rows = [proposals[i].token_ids[-1:] for i in live]
         return proposals

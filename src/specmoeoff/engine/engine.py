@@ -1,0 +1,348 @@
+"""The engine: each step schedules, proposes, runs one pass of the target, verifies and commits.
+
+Everything a step needs was sized when the engine was built, within the memory plan. Knows requests
+and tokens; text comes in and goes out through llm.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from specmoeoff import kernels
+from specmoeoff.engine.forward import Forward, Span
+from specmoeoff.engine.memory_plan import peak_resident_bytes
+from specmoeoff.engine.scheduler import Scheduled, Scheduler
+from specmoeoff.engine.sequence import Request, Sequence
+from specmoeoff.engine.stats import EngineStats
+from specmoeoff.engine.verification import num_outputs, verify_batch
+from specmoeoff.errors import InvalidInputError
+from specmoeoff.sampling import SequenceSampler
+from specmoeoff.speculative.drafter import DraftRequest, Proposal
+from specmoeoff.speculative.verify import Verification, truncate_at_stop
+
+if TYPE_CHECKING:
+    from specmoeoff.config import ModelConfig, Policy
+    from specmoeoff.offload.elastic import ElasticMemory
+    from specmoeoff.offload.expert_store import ExpertStore
+    from specmoeoff.offload.reader import Reader
+    from specmoeoff.sampling_params import SamplingParams
+    from specmoeoff.speculative.budget import AdaptiveBudget, FixedBudget
+    from specmoeoff.speculative.drafter import Drafter
+    from specmoeoff.text import Detokenizer
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a step added to one sequence."""
+
+    sequence: Sequence
+    token_ids: list[int]
+    text: str
+    ends_request: bool = False
+    """Whether this was the last sample of its request to end."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an engine is built from; see build.py."""
+
+    config: ModelConfig
+    policy: Policy
+    target: Forward
+    store: ExpertStore
+    reader: Reader
+    elastic: ElasticMemory
+    drafter: Drafter | None
+    budget: AdaptiveBudget | FixedBudget
+    shared_bytes: int
+    seed: int
+
+
+class Engine:
+    """Continuous batching over one target, with or without a drafter."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._stats = EngineStats(shared_bytes=parts.shared_bytes)
+        self._target = parts.target
+        self._drafter = parts.drafter
+        self._scheduler = Scheduler(
+            parts.target.kv,
+            parts.policy.max_num_seqs,
+            parts.policy.max_num_batched_tokens,
+            self._release_draft,
+        )
+        self._num_requests = 0
+
+    # -- requests -------------------------------------------------------------------------------
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        prompt: str | None = None,
+        make_detokenizer: Callable[[], Detokenizer | None] = lambda: None,
+        token_text: Callable[[int], str] | None = None,
+    ) -> Request:
+        """Queue a request.
+
+        Raises:
+            InvalidInputError: The prompt is empty, too long, or has a token that does not exist.
+        """
+        config, limit = self._parts.config, self._parts.policy.max_model_len
+        _check_prompt(prompt_token_ids, config.vocab_size, limit)
+        left = limit - len(prompt_token_ids)
+        max_output = left if params.max_tokens is None else min(params.max_tokens, left)
+        request = Request(request_id, prompt, prompt_token_ids, params, max_output, token_text)
+        if params.prompt_logprobs is not None:
+            request.prompt_logprobs = [None]
+        for index in range(params.n):
+            sampler = SequenceSampler.create(
+                params,
+                prompt_token_ids,
+                eos_token_ids=config.eos_token_ids,
+                default_seed=(self._parts.seed, self._num_requests),
+                sample_index=index,
+            )
+            sequence = Sequence(
+                request, index, sampler, make_detokenizer(), list(prompt_token_ids)
+            )
+            request.sequences.append(sequence)
+            self._scheduler.add(sequence)
+        self._num_requests += 1
+        return request
+
+    def abort(self, request: Request) -> None:
+        """End a request's unfinished samples now."""
+        for sequence in request.sequences:
+            if sequence.finish_reason is None:
+                sequence.finish_reason = "abort"
+                self._retire(sequence)
+
+    @property
+    def policy(self) -> Policy:
+        """The memory split and limits that were chosen."""
+        return self._parts.policy
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether another request would not wait behind a whole batch of others."""
+        return len(self._scheduler.waiting) < self._parts.policy.max_num_seqs
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return self._scheduler.has_work
+
+    # -- the step -------------------------------------------------------------------------------
+
+    def step(self) -> list[Update]:
+        """Run one step over everything that can run.
+
+        Raises:
+            StreamError: Weights could not be read. Finished requests are whole; the others keep
+                their tokens and can go on with the next step.
+        """
+        start = time.perf_counter()
+        num_drafts = self._num_drafts()
+        batch = self._scheduler.schedule(num_drafts)
+        if not batch:
+            raise RuntimeError("no sequence can run: the KV cache is smaller than its plan")
+        try:
+            proposals = self._propose(batch)
+            hidden = self._target.run([_span(w, p) for w, p in zip(batch, proposals, strict=True)])
+            verifications = verify_batch(self._target, batch, proposals, hidden)
+        except BaseException:
+            self._forget_pass(batch)
+            raise
+        updates = self._commit(batch, verifications)
+        self._count(batch, proposals, verifications, num_drafts, time.perf_counter() - start)
+        return updates
+
+    def _num_drafts(self) -> int:
+        if self._drafter is None:
+            return 0
+        running = self._scheduler.running
+        return self._parts.budget.num_drafts(sum(sequence.is_decoding for sequence in running))
+
+    def _propose(self, batch: list[Scheduled]) -> list[Proposal]:
+        """Draft for the decoding sequences; the drafter reads the prompts that the target reads."""
+        proposals = [Proposal() for _ in batch]
+        if self._drafter is None:
+            return proposals
+        start = time.perf_counter()
+        reading = [work for work in batch if not work.decodes]
+        self._drafter.prefill(
+            [_draft_request(work) for work in reading],
+            [work.sequence.kv.length + work.num_tokens for work in reading],
+        )
+        places = [i for i, work in enumerate(batch) if work.num_drafts]
+        made = self._drafter.propose([_draft_request(batch[i]) for i in places])
+        for i, proposal in zip(places, made, strict=True):
+            proposals[i] = proposal
+        self._stats.draft_s += time.perf_counter() - start
+        return proposals
+
+    def _commit(
+        self, batch: list[Scheduled], verifications: list[Verification | None]
+    ) -> list[Update]:
+        """Add the verified tokens to their sequences, up to where each one stops."""
+        now = time.monotonic()
+        updates = []
+        for work, verification in zip(batch, verifications, strict=True):
+            request = work.sequence.request
+            if request.first_scheduled_time is None:
+                request.first_scheduled_time = now
+            if verification is not None:
+                updates.append(self._extend(work.sequence, verification))
+                if request.first_token_time is None:
+                    request.first_token_time = now
+        return updates
+
+    def _extend(self, sequence: Sequence, verification: Verification) -> Update:
+        request = sequence.request
+        kept, sequence.finish_reason, sequence.stop_reason = truncate_at_stop(
+            verification.token_ids,
+            request.params,
+            self._parts.config.eos_token_ids,
+            sequence.num_output_tokens,
+            request.max_output_tokens,
+        )
+        text = ""
+        if sequence.detokenizer is not None:
+            kept, text = _extend_text(sequence, sequence.detokenizer, kept)
+        if verification.logprobs is not None:
+            sequence.logprobs.extend(verification.logprobs[: len(kept)])
+        sequence.token_ids.extend(kept)
+        sequence.text += text
+        # What was rejected, and what came after a stop, is cut off by length alone.
+        self._target.kv.truncate(sequence.kv, len(sequence.token_ids) - 1)
+        if sequence.finish_reason is not None:
+            self._retire(sequence)
+        return Update(sequence, kept, text, request.is_finished)
+
+    def _retire(self, sequence: Sequence) -> None:
+        self._scheduler.remove(sequence)
+        self._release_draft(sequence)
+        self._parts.elastic.rebalance()
+        if sequence.request.is_finished:
+            sequence.request.finished_time = time.monotonic()
+
+    def _release_draft(self, sequence: Sequence) -> None:
+        if self._drafter is not None:
+            self._drafter.release(sequence.key)
+
+    def _forget_pass(self, batch: list[Scheduled]) -> None:
+        """After a failure: whatever the pass wrote is dropped, and its sequences start over."""
+        for work in reversed(batch):
+            if work.sequence in self._scheduler.running:
+                self._scheduler.preempt(work.sequence)
+
+    # -- figures --------------------------------------------------------------------------------
+
+    def _count(
+        self,
+        batch: list[Scheduled],
+        proposals: list[Proposal],
+        verifications: list[Verification | None],
+        num_drafts: int,
+        step_s: float,
+    ) -> None:
+        stats = self._stats
+        prompt_rows = sum(work.num_tokens for work in batch if not work.decodes)
+        decode_rows = sum(
+            work.num_tokens + len(proposal.token_ids)
+            for work, proposal in zip(batch, proposals, strict=True)
+            if work.decodes
+        )
+        share = prompt_rows / (prompt_rows + decode_rows)
+        stats.steps += 1
+        stats.step_s += step_s
+        stats.prefill_s += share * step_s
+        stats.decode_s += (1 - share) * step_s
+        stats.prefill_tokens += prompt_rows
+        drafted = judged = accepted = 0
+        for work, proposal, verification in zip(batch, proposals, verifications, strict=True):
+            if verification is None or not proposal.token_ids:
+                continue
+            request, length = work.sequence.request, len(proposal.token_ids)
+            request.num_drafted_tokens += length
+            request.num_accepted_tokens += verification.num_accepted
+            stats.verified_sequences += 1
+            drafted += length
+            accepted += verification.num_accepted
+            judged += min(length, verification.num_accepted + 1)
+        stats.drafted_tokens += drafted
+        stats.accepted_tokens += accepted
+        if self._drafter is not None and prompt_rows == 0:
+            num_decoding = sum(work.decodes for work in batch)
+            self._parts.budget.observe(num_decoding, num_drafts, step_s, judged, accepted)
+
+    def stats(self) -> EngineStats:
+        """Return the counters up to now."""
+        stats, store, reader = self._stats, self._parts.store, self._parts.reader
+        stats.streamed_bytes = reader.stats.bytes
+        stats.streamed_s = reader.busy_seconds()
+        stats.stalled_s = store.stats.stalled_s
+        stats.wanted_experts = store.stats.wanted_experts
+        stats.fetched_experts = store.stats.fetched_experts
+        stats.expert_slots = store.num_slots
+        stats.peak_memory_bytes = peak_resident_bytes()
+        stats.num_threads = kernels.num_threads()
+        stats.cpu_target = kernels.cpu_target()
+        stats.lane_busy_s = {
+            "disk": stats.streamed_s,
+            "cpu": stats.step_s - stats.stalled_s,
+            "draft": stats.draft_s,
+        }
+        return stats
+
+    def close(self) -> None:
+        """Stop the reader; the engine cannot step afterwards."""
+        self._parts.reader.close()
+
+
+def _draft_request(work: Scheduled) -> DraftRequest:
+    sequence = work.sequence
+    return DraftRequest(sequence.key, sequence.token_ids, work.num_drafts, sequence.sampler)
+
+
+def _span(work: Scheduled, proposal: Proposal) -> Span:
+    sequence = work.sequence
+    start = sequence.kv.length
+    token_ids = sequence.token_ids[start : start + work.num_tokens] + proposal.token_ids
+    return Span(sequence.kv, token_ids, num_outputs(work, proposal))
+
+
+def _extend_text(
+    sequence: Sequence, detokenizer: Detokenizer, kept: list[int]
+) -> tuple[list[int], str]:
+    """Decode new tokens; a stop string ends the sequence at the token that completes it."""
+    # The token that ends a sequence is returned, but it is no part of the text.
+    shown = kept[:-1] if sequence.finish_reason == "stop" else kept
+    text, consumed, stop_string = detokenizer.append(shown)
+    if stop_string is not None:
+        sequence.finish_reason, sequence.stop_reason = "stop", stop_string
+        return kept[:consumed], text
+    if sequence.finish_reason is not None:
+        text += detokenizer.flush()
+    return kept, text
+
+
+def _check_prompt(token_ids: list[int], vocab_size: int, max_model_len: int) -> None:
+    if not token_ids:
+        raise InvalidInputError("the prompt is empty: it needs at least one token")
+    if len(token_ids) >= max_model_len:
+        raise InvalidInputError(
+            f"the prompt has {len(token_ids)} tokens; with at least one of output it must fit "
+            f"max_model_len {max_model_len} (raise memory or max_model_len, or shorten it)"
+        )
+    for position, token_id in enumerate(token_ids):
+        if not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
+            raise InvalidInputError(
+                f"prompt token {position} is {token_id!r}; the vocabulary has 0 to {vocab_size - 1}"
+            )

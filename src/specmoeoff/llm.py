@@ -1,0 +1,360 @@
+"""LLM: prompts in, outputs out. The door for Python users.
+
+Turns text, messages or token ids into requests, drives the engine's steps, and turns what comes
+out into RequestOutputs. One request that cannot run carries its error; the others go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from itertools import repeat
+from typing import TYPE_CHECKING, Any
+
+from specmoeoff.config import EngineConfig, SpeculativeConfig
+from specmoeoff.engine.build import build_engine
+from specmoeoff.errors import InvalidInputError
+from specmoeoff.memory_size import parse_memory_size
+from specmoeoff.offload.hub import resolve_model
+from specmoeoff.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from specmoeoff.sampling_params import SamplingParams
+from specmoeoff.text import Detokenizer, Tokenizer
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from specmoeoff.config import ExpertMode, KvDtype, Policy
+    from specmoeoff.engine.engine import Update
+    from specmoeoff.engine.sequence import Request
+    from specmoeoff.engine.sequence import Sequence as EngineSequence
+    from specmoeoff.engine.stats import EngineStats
+
+Prompt = str | Mapping[str, Any]
+"""Text, or a mapping with one of ``prompt``, ``prompt_token_ids`` and ``messages``."""
+Params = SamplingParams | Iterable[SamplingParams] | None
+
+
+class LLM:
+    """A mixture-of-experts model under a memory budget, ready to generate.
+
+    Example:
+        >>> llm = LLM("path/to/mixtral", memory="1GiB")
+        >>> out = llm.generate(["Once upon a time"], SamplingParams(temperature=0, max_tokens=32))
+        >>> out[0].outputs[0].text
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        memory: str | int | None = None,
+        device: str = "auto",
+        kv_dtype: KvDtype = "bfloat16",
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int | None = None,
+        max_model_len: int | None = None,
+        num_threads: int | None = None,
+        expert_mode: ExpertMode = "auto",
+        cpu_target: str | None = None,
+        seed: int = 0,
+        speculative_config: SpeculativeConfig | None = None,
+    ) -> None:
+        """Open a model; the options are EngineConfig's.
+
+        Raises:
+            CheckpointError: The model or its draft cannot be used.
+            DoesNotFitError: The budget is too small; the message has the arithmetic.
+            InvalidInputError: An option has a value that cannot be used.
+        """
+        self.config = EngineConfig(
+            model=str(model),
+            memory=None if memory is None else parse_memory_size(memory),
+            device=device,  # type: ignore[arg-type]  # EngineConfig refuses what it does not know
+            kv_dtype=kv_dtype,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            num_threads=num_threads,
+            expert_mode=expert_mode,
+            cpu_target=cpu_target,
+            seed=seed,
+            speculative=speculative_config,
+        )
+        directory = resolve_model(self.config.model)
+        # Before the engine plans: what the tokenizer holds is part of the process.
+        self.tokenizer = Tokenizer.load(directory)
+        self._engine = build_engine(self.config)
+
+    @property
+    def policy(self) -> Policy:
+        """The memory split and limits that were chosen."""
+        return self._engine.policy
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: Params = None,
+        *,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Complete prompts; the outputs are in the prompts' order.
+
+        Args:
+            prompts: One prompt or several.
+            sampling_params: For all, or one per prompt; None is SamplingParams().
+            progress: Show a progress bar on standard error.
+
+        Raises:
+            InvalidInputError: There are not as many parameters as prompts.
+            StreamError: Weights could not be read.
+        """
+        several = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
+        params = _params_list(sampling_params, len(several))
+        outputs: list[RequestOutput | None] = [None] * len(several)
+        for output in _with_progress(self.iter_completed(several, params), len(several), progress):
+            outputs[int(output.request_id)] = output
+        return [output for output in outputs if output is not None]
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: Params = None,
+        *,
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several, each a list of {"role", "content"}."""
+        single = bool(messages) and isinstance(messages[0], Mapping)
+        conversations = [messages] if single else list(messages)
+        prompts: list[Prompt] = [{"messages": conversation} for conversation in conversations]
+        return self.generate(prompts, sampling_params, progress=progress)
+
+    def iter_completed(
+        self, prompts: Iterable[Prompt], sampling_params: Params = None
+    ) -> Iterator[RequestOutput]:
+        """Yield requests as they finish; ``request_id`` is the prompt's index as text.
+
+        Prompts are taken as room appears, so an endless iterable is fine.
+        """
+        with closing(self._run(prompts, sampling_params)) as run:
+            for item in run:
+                if isinstance(item, RequestOutput):
+                    yield item
+                elif item.ends_request:
+                    yield _output(item.sequence.request)
+
+    def generate_stream(
+        self, prompts: Prompt | Iterable[Prompt], sampling_params: Params = None
+    ) -> Iterator[RequestOutput]:
+        """Yield increments: each output holds what one sample gained since its last one.
+
+        The last increment of a request has ``finished`` set.
+        """
+        several = [prompts] if isinstance(prompts, (str, Mapping)) else prompts
+        with closing(self._run(several, sampling_params)) as run:
+            for item in run:
+                yield item if isinstance(item, RequestOutput) else _increment(item)
+
+    def stats(self) -> EngineStats:
+        """Return counters and seconds since the start."""
+        return self._engine.stats()
+
+    def close(self) -> None:
+        """Stop reading; the LLM cannot generate afterwards."""
+        self._engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _run(
+        self, prompts: Iterable[Prompt], sampling_params: Params
+    ) -> Iterator[RequestOutput | Update]:
+        """Feed prompts and step until all are done; yield refusals and updates as they come."""
+        feed = enumerate(_pairs(prompts, sampling_params))
+        open_requests: dict[int, Request] = {}
+        exhausted = False
+        try:
+            while True:
+                while not exhausted and self._engine.wants_more:
+                    entry = next(feed, None)
+                    if entry is None:
+                        exhausted = True
+                        break
+                    index, (prompt, params) = entry
+                    added = self._add(str(index), prompt, params)
+                    if isinstance(added, RequestOutput):
+                        yield added
+                    else:
+                        open_requests[id(added)] = added
+                if not self._engine.has_work:
+                    return
+                for update in self._engine.step():
+                    request = update.sequence.request
+                    if id(request) not in open_requests:
+                        continue
+                    if update.ends_request:
+                        del open_requests[id(request)]
+                    yield update
+        finally:
+            for request in open_requests.values():
+                self._engine.abort(request)
+
+    def _add(
+        self, request_id: str, prompt: Prompt, params: SamplingParams
+    ) -> Request | RequestOutput:
+        """Queue one prompt, or return the output that says why it cannot run."""
+        text: str | None = None
+        token_ids: list[int] = []
+        try:
+            text, token_ids = self._tokens(prompt)
+            return self._engine.add_request(
+                request_id,
+                token_ids,
+                params,
+                prompt=text,
+                make_detokenizer=lambda: self._detokenizer(token_ids, params),
+                token_text=self.tokenizer.token_text if self.tokenizer else None,
+            )
+        except InvalidInputError as error:
+            metrics = RequestMetrics(arrival_time=0.0)
+            return RequestOutput(request_id, text, token_ids, [], True, metrics, error=str(error))
+
+    def _detokenizer(self, token_ids: list[int], params: SamplingParams) -> Detokenizer | None:
+        if self.tokenizer is None:
+            if params.stop:
+                raise InvalidInputError(
+                    f"stop {params.stop!r} needs a tokenizer, and {self.config.model} has none"
+                )
+            return None
+        return Detokenizer(self.tokenizer, token_ids, params)
+
+    def _tokens(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """Return a prompt's text, where it has one, and its token ids."""
+        given = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
+        kinds = [kind for kind in ("prompt", "prompt_token_ids", "messages") if kind in given]
+        if len(kinds) != 1:
+            raise InvalidInputError(
+                f"a prompt needs exactly one of prompt, prompt_token_ids and messages; "
+                f"this one has {', '.join(sorted(given)) or 'nothing'}"
+            )
+        value = given[kinds[0]]
+        if kinds[0] == "prompt_token_ids":
+            return None, list(value)
+        if self.tokenizer is None:
+            raise InvalidInputError(
+                f"{self.config.model} has no tokenizer.json: give prompt_token_ids, not {kinds[0]}"
+            )
+        if kinds[0] == "messages":
+            return None, self.tokenizer.apply_chat_template(value)
+        if not isinstance(value, str):
+            raise InvalidInputError(f"prompt is {value!r}; it must be text")
+        return value, self.tokenizer.encode(value)
+
+
+def _pairs(
+    prompts: Iterable[Prompt], sampling_params: Params
+) -> Iterator[tuple[Prompt, SamplingParams]]:
+    if sampling_params is None:
+        sampling_params = SamplingParams()
+    if isinstance(sampling_params, SamplingParams):
+        return zip(prompts, repeat(sampling_params), strict=False)
+    return zip(prompts, sampling_params, strict=False)
+
+
+def _params_list(sampling_params: Params, count: int) -> SamplingParams | list[SamplingParams]:
+    if sampling_params is None:
+        return SamplingParams()
+    if isinstance(sampling_params, SamplingParams):
+        return sampling_params
+    params = list(sampling_params)
+    if len(params) != count:
+        raise InvalidInputError(f"{len(params)} sampling_params for {count} prompts: give one each")
+    return params
+
+
+def _output(request: Request) -> RequestOutput:
+    """Return a finished request as a whole."""
+    outputs = [
+        CompletionOutput(
+            index=sequence.index,
+            text=sequence.text,
+            token_ids=sequence.output_token_ids,
+            cumulative_logprob=_cumulative(sequence),
+            logprobs=sequence.logprobs if request.params.logprobs is not None else None,
+            finish_reason=sequence.finish_reason,
+            stop_reason=sequence.stop_reason,
+        )
+        for sequence in request.sequences
+    ]
+    return _request_output(request, outputs, finished=True)
+
+
+def _increment(update: Update) -> RequestOutput:
+    """Return what an update added to its sequence."""
+    sequence = update.sequence
+    request = sequence.request
+    logprobs = None
+    if request.params.logprobs is not None:
+        logprobs = sequence.logprobs[len(sequence.logprobs) - len(update.token_ids) :]
+    output = CompletionOutput(
+        index=sequence.index,
+        text=update.text,
+        token_ids=update.token_ids,
+        logprobs=logprobs,
+        finish_reason=sequence.finish_reason,
+        stop_reason=sequence.stop_reason,
+    )
+    return _request_output(request, [output], update.ends_request)
+
+
+def _request_output(
+    request: Request, outputs: list[CompletionOutput], finished: bool
+) -> RequestOutput:
+    metrics = RequestMetrics(
+        arrival_time=request.arrival_time,
+        first_scheduled_time=request.first_scheduled_time,
+        first_token_time=request.first_token_time,
+        finished_time=request.finished_time,
+        num_drafted_tokens=request.num_drafted_tokens,
+        num_accepted_tokens=request.num_accepted_tokens,
+        num_preemptions=request.num_preemptions,
+    )
+    return RequestOutput(
+        request.request_id,
+        request.prompt,
+        request.prompt_token_ids,
+        outputs,
+        finished,
+        metrics,
+        request.prompt_logprobs if finished else None,
+    )
+
+
+def _cumulative(sequence: EngineSequence) -> float | None:
+    if sequence.request.params.logprobs is None:
+        return None
+    pairs = zip(sequence.logprobs, sequence.output_token_ids, strict=True)
+    return sum(ranked[token_id].logprob for ranked, token_id in pairs)
+
+
+def _with_progress(
+    outputs: Iterator[RequestOutput], total: int, show: bool
+) -> Iterator[RequestOutput]:
+    if not show:
+        yield from outputs
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("generating", total=total)
+        for output in outputs:
+            bar.advance(task)
+            yield output

@@ -15,6 +15,7 @@ from specmoeoff.config import EngineConfig, SpeculativeConfig
 from specmoeoff.engine.build import build_engine
 from specmoeoff.errors import InvalidInputError
 from specmoeoff.memory_size import parse_memory_size
+from specmoeoff.models.generation_config import sampling_defaults
 from specmoeoff.offload.hub import resolve_model
 from specmoeoff.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from specmoeoff.sampling_params import SamplingParams
@@ -83,6 +84,8 @@ class LLM:
         directory = resolve_model(self.config.model)
         # Before the engine plans: what the tokenizer holds is part of the process.
         self.tokenizer = Tokenizer.load(directory)
+        self.default_sampling_params = SamplingParams(**sampling_defaults(directory))
+        """What the checkpoint's generation_config.json recommends."""
         self._engine = build_engine(self.config)
 
     @property
@@ -101,7 +104,7 @@ class LLM:
 
         Args:
             prompts: One prompt or several.
-            sampling_params: For all, or one per prompt; None is SamplingParams().
+            sampling_params: For all, or one per prompt; None is what the checkpoint recommends.
             progress: Show a progress bar on standard error.
 
         Raises:
@@ -177,7 +180,7 @@ class LLM:
         self, prompts: Iterable[Prompt], sampling_params: Params
     ) -> Iterator[RequestOutput | Update]:
         """Feed prompts and step until all are done; yield refusals and updates as they come."""
-        feed = enumerate(_pairs(prompts, sampling_params))
+        feed = enumerate(_pairs(prompts, sampling_params or self.default_sampling_params))
         open_requests: dict[int, Request] = {}
         exhausted = False
         try:
@@ -259,19 +262,15 @@ class LLM:
 
 
 def _pairs(
-    prompts: Iterable[Prompt], sampling_params: Params
+    prompts: Iterable[Prompt], sampling_params: SamplingParams | Iterable[SamplingParams]
 ) -> Iterator[tuple[Prompt, SamplingParams]]:
-    if sampling_params is None:
-        sampling_params = SamplingParams()
     if isinstance(sampling_params, SamplingParams):
         return zip(prompts, repeat(sampling_params), strict=False)
     return zip(prompts, sampling_params, strict=False)
 
 
-def _params_list(sampling_params: Params, count: int) -> SamplingParams | list[SamplingParams]:
-    if sampling_params is None:
-        return SamplingParams()
-    if isinstance(sampling_params, SamplingParams):
+def _params_list(sampling_params: Params, count: int) -> SamplingParams | list[SamplingParams] | None:
+    if sampling_params is None or isinstance(sampling_params, SamplingParams):
         return sampling_params
     params = list(sampling_params)
     if len(params) != count:

@@ -12,6 +12,7 @@ namespace nb = nanobind;
 
 // Each is defined in its <family>_bindings.cc.
 void BindLinear(nb::module_& m);
+void BindElementwise(nb::module_& m);
 #if defined(SPECMOEOFF_HAS_ATTENTION)
 void BindAttention(nb::module_& m);
 #endif
@@ -33,6 +34,7 @@ NB_MODULE(_native, m) {
       },
       nb::arg("n"));
   BindLinear(m);
+  BindElementwise(m);
 #if defined(SPECMOEOFF_HAS_ATTENTION)
   BindAttention(m);
 #endif

@@ -170,10 +170,25 @@ Pool& ThePool() {
   return *pool;
 }
 
-struct Scratch {
-  void* memory = nullptr;
-  size_t bytes = 0;
-  ~Scratch() { std::free(memory); }
+class Scratch {
+ public:
+  ~Scratch() { std::free(memory_); }
+
+  void* Grow(size_t bytes) {
+    if (bytes_ >= bytes) return memory_;
+    std::free(memory_);
+    bytes_ = (bytes + 4095) / 4096 * 4096;
+    memory_ = std::aligned_alloc(64, bytes_);
+    if (!memory_) {
+      bytes_ = 0;
+      throw std::bad_alloc();
+    }
+    return memory_;
+  }
+
+ private:
+  void* memory_ = nullptr;
+  size_t bytes_ = 0;
 };
 
 }  // namespace
@@ -195,14 +210,12 @@ void WaitUntilAtLeast(const int64_t* done, int64_t wanted) {
 
 void* ThreadScratch(size_t bytes) {
   thread_local Scratch scratch;
-  if (scratch.bytes < bytes) {
-    std::free(scratch.memory);
-    const size_t rounded = (bytes + 4095) / 4096 * 4096;
-    scratch.memory = std::aligned_alloc(64, rounded);
-    scratch.bytes = scratch.memory ? rounded : 0;
-    if (!scratch.memory) throw std::bad_alloc();
-  }
-  return scratch.memory;
+  return scratch.Grow(bytes);
+}
+
+void* CallScratch(size_t bytes) {
+  thread_local Scratch scratch;
+  return scratch.Grow(bytes);
 }
 
 }  // namespace specmoeoff

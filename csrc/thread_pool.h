@@ -42,4 +42,7 @@ void WaitUntilAtLeast(const int64_t* done, int64_t wanted);
 // whatever was left there. One user at a time: a nested use gets the same memory.
 void* ThreadScratch(size_t bytes);
 
+// The same for the thread that makes a call: memory its pieces share, distinct from ThreadScratch().
+void* CallScratch(size_t bytes);
+
 }  // namespace specmoeoff

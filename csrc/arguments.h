@@ -1,0 +1,74 @@
+// Weights as arguments of the bindings.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include <string>
+
+#include "array.h"
+#include "weight.h"
+
+namespace specmoeoff {
+
+// A matrix argument: an array of float32, float16 or uint16 (bfloat16), or an object with `values`
+// (int8 [N, K]) and `scales` (float32 [N, K / group]). Keeps the arrays alive.
+class WeightArgument {
+ public:
+  // Throws TypeError or ValueError naming the argument.
+  WeightArgument(nanobind::handle object, const std::string& name) {
+    namespace nb = nanobind;
+    if (PyObject_CheckBuffer(object.ptr())) {
+      values_ = Array(object, name.c_str(), {Dtype::kFloat32, Dtype::kFloat16, Dtype::kUint16}, 2);
+      weight_.kind = values_.dtype() == Dtype::kFloat32   ? WeightKind::kFloat32
+                     : values_.dtype() == Dtype::kFloat16 ? WeightKind::kFloat16
+                                                          : WeightKind::kBfloat16;
+    } else if (nb::hasattr(object, "values") && nb::hasattr(object, "scales")) {
+      ReadInt8(object, name);
+    } else {
+      throw nb::type_error(
+          (name + " must be a numpy array of float32, float16 or uint16 (bfloat16), or an Int8Weight")
+              .c_str());
+    }
+    weight_.data = values_.data<void>();
+    weight_.n = values_.dim(0);
+    weight_.k = values_.dim(1);
+    if (weight_.k == 0) throw nb::value_error((name + " has rows of length 0").c_str());
+    if (scales_) weight_.group = weight_.k / scales_.dim(1);
+  }
+
+  const Weight& operator*() const { return weight_; }
+  const Weight* operator->() const { return &weight_; }
+
+ private:
+  void ReadInt8(nanobind::handle object, const std::string& name) {
+    namespace nb = nanobind;
+    values_ = Array(nb::object(object.attr("values")), (name + ".values").c_str(), {Dtype::kInt8}, 2);
+    scales_ =
+        Array(nb::object(object.attr("scales")), (name + ".scales").c_str(), {Dtype::kFloat32}, 2);
+    const int64_t groups = scales_.dim(1);
+    if (scales_.dim(0) != values_.dim(0) || groups < 1 || values_.dim(1) % groups != 0) {
+      throw nb::value_error((name + ".scales must have one row per row of values and a number of "
+                                    "columns that divides the number of columns of values")
+                                .c_str());
+    }
+    weight_.kind = WeightKind::kInt8;
+    weight_.scales = scales_.data<float>();
+  }
+
+  Array values_;
+  Array scales_;
+  Weight weight_;
+};
+
+// Throws ValueError unless every id is in [0, limit).
+inline void RequireInRange(const Array& ids, const char* name, int64_t limit) {
+  const auto* values = ids.data<int32_t>();
+  for (int64_t i = 0; i < ids.size(); ++i) {
+    if (values[i] >= 0 && values[i] < limit) continue;
+    throw nanobind::value_error((std::string(name) + " has " + std::to_string(values[i]) +
+                                 "; it must be in 0 to " + std::to_string(limit - 1))
+                                    .c_str());
+  }
+}
+
+}  // namespace specmoeoff

@@ -1,0 +1,83 @@
+// Matrix products with a fixed order of summation, and what is built of them.
+//
+// Every sum over the inner dimension has 16 partials: partial j takes the elements k = j mod 16 in
+// rising order with fused multiply-adds; then lane j + (j + 8), + (j + 4), + (j + 2), + (j + 1). So a
+// result depends on its row and its weights alone: not on other rows, threads, tiles or CPU target.
+//
+// Activations are packed first: tiles of `tile_rows` rows (the last tile may be lower), each tile
+// [k / 16][rows of the tile][16], zeros after k. One pointer walks a tile, whatever the rows' stride.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "weight.h"
+
+namespace specmoeoff {
+
+inline int64_t RoundUp(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// Columns are computed in panels of this many weight rows.
+inline constexpr int64_t kPanel = 16;
+
+// y[t * y_stride + n - begin] = dot(x_t, weight row n) + bias[n] for rows t and n in [begin, end).
+struct Product {
+  const float* packed;  // packed activations, `rows` of them, inner size weight->k
+  int64_t rows;
+  const Weight* weight;
+  int64_t begin;
+  int64_t end;
+  const float* bias;  // or null
+  float* y;
+  int64_t y_stride;
+  const char* next;  // weight rows that will be read after these (a hint), or null
+  float* panel;      // scratch of PanelBytes()
+};
+
+// Bytes of scratch that products with inner size k need.
+size_t PanelBytes(int64_t k);
+
+struct LinearKernels {
+  int tile_rows;
+  // Packs tiles [tile_begin, tile_end) of `count` rows x[rows[i]] (x[i] if rows is null).
+  void (*pack)(const float* x, int64_t k, const int32_t* rows, int64_t count, int64_t tile_begin,
+               int64_t tile_end, float* packed);
+  void (*product)(const Product& product);
+  // Writes silu(gate) * up, columns [begin, end) of `width`, into packed form. gate and up are
+  // [rows, y_stride]; begin is a multiple of 16.
+  void (*swiglu)(const float* gate, const float* up, int64_t y_stride, int64_t rows, int64_t begin,
+                 int64_t end, int64_t width, float* packed);
+  // out[c] += weight * y[c]
+  void (*accumulate)(const float* y, float weight, int64_t count, float* out);
+};
+
+extern const LinearKernels kLinearScalar;
+extern const LinearKernels kLinearAvx2;
+extern const LinearKernels kLinearAvx512;
+
+const LinearKernels& CurrentLinear();
+
+// Columns per piece of work, a multiple of kPanel, for n columns of so many weight bytes each.
+int64_t PieceColumns(int64_t n, int64_t column_bytes);
+
+// Rows to pack at once, a multiple of tile_rows, so that they take about `budget` floats.
+int64_t ChunkRows(int64_t rows, int64_t floats_per_row, int64_t budget, int tile_rows);
+
+// out [rows, weight.n] = x [rows, weight.k] @ weight^T + bias
+void Linear(const float* x, int64_t rows, const Weight& weight, const float* bias, float* out);
+
+struct Expert {
+  Weight gate;  // [I, K]
+  Weight up;    // [I, K]
+  Weight down;  // [K, I]
+};
+
+// For each expert i and the entries e of rows[offsets[i]:offsets[i + 1]]:
+// out[rows[e]] += row_weights[e] * down(silu(gate x) * up x), x = x[rows[e]]; experts in order.
+// rows null: 0, 1, 2, ... ; row_weights null: ones.
+void ExpertFfn(const float* x, const Expert* experts, int64_t num_experts, const int32_t* offsets,
+               const int32_t* rows, const float* row_weights, float* out);
+
+}  // namespace specmoeoff

@@ -1,0 +1,6 @@
+#define SPECMOEOFF_TARGET avx2
+#include "linear.inc"
+
+namespace specmoeoff {
+const LinearKernels kLinearAvx2 = avx2::kKernels;
+}  // namespace specmoeoff

@@ -1,0 +1,6 @@
+#define SPECMOEOFF_TARGET scalar
+#include "linear.inc"
+
+namespace specmoeoff {
+const LinearKernels kLinearScalar = scalar::kKernels;
+}  // namespace specmoeoff

@@ -1,0 +1,189 @@
+"""The kernels as Python calls them: results are allocated here, everything else is native.
+
+Names, shapes, dtypes and meaning are those of ``reference``; a wrong dtype is a TypeError and a
+wrong shape, layout or value a ValueError, both naming the argument. The GIL is released while a
+kernel runs. Calls from several threads are safe and take turns.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from specmoeoff.kernels import _native
+from specmoeoff.kernels.reference import Int8Weight
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from specmoeoff.kernels.reference import F32, I32, U64, Array, Weight
+
+
+def linear(x: F32, weight: Weight, bias: F32 | None = None, out: F32 | None = None) -> F32:
+    """Return ``x @ weight.T + bias``: x [T, K], weight [N, K], bias [N] -> [T, N]."""
+    if out is None:
+        out = np.empty((x.shape[0], _shape(weight, "weight")[0]), np.float32)
+    _native.linear(x, weight, bias, out)
+    return out
+
+
+def embedding(token_ids: I32, weight: Weight) -> F32:
+    """Return rows of an embedding table: token_ids [T], weight [V, K] -> [T, K]."""
+    out = np.empty((token_ids.shape[0], _shape(weight, "weight")[1]), np.float32)
+    _native.embedding(token_ids, weight, out)
+    return out
+
+
+def rms_norm(x: F32, weight: F32, eps: float, out: F32 | None = None) -> F32:
+    """Return ``x / sqrt(mean(x^2) + eps) * weight`` over each row: x [T, K], weight [K]."""
+    if out is None:
+        out = np.empty(x.shape, np.float32)
+    _native.rms_norm(x, weight, eps, out)
+    return out
+
+
+def rope(x: F32, cos: F32, sin: F32) -> None:
+    """Rotate heads in place, first half with second half: x [T, heads, D], cos and sin [T, R/2]."""
+    _native.rope(x, cos, sin)
+
+
+def route(logits: F32, top_k: int) -> tuple[I32, F32]:
+    """Choose experts: logits [T, E] -> expert_ids int32 [T, top_k] and weights that sum to 1."""
+    if top_k < 1:
+        raise ValueError(f"top_k is {top_k}; it must be at least 1")
+    expert_ids = np.empty((logits.shape[0], top_k), np.int32)
+    expert_weights = np.empty((logits.shape[0], top_k), np.float32)
+    _native.route(logits, expert_ids, expert_weights)
+    return expert_ids, expert_weights
+
+
+def expert_ffn(
+    x: F32,
+    gate: Weight,
+    up: Weight,
+    down: Weight,
+    out: F32,
+    rows: I32 | None = None,
+    row_weights: F32 | None = None,
+) -> None:
+    """Add an expert's output: ``out[rows] += row_weights * down(silu(gate x) * up x)``."""
+    _native.expert_ffn(x, gate, up, down, out, rows, row_weights)
+
+
+def expert_ffn_many(
+    x: F32,
+    experts: Sequence[tuple[Weight, Weight, Weight]],
+    offsets: I32,
+    rows: I32,
+    row_weights: F32,
+    out: F32,
+) -> None:
+    """``expert_ffn`` for several experts of equal shapes, in order, in one native call."""
+    _native.expert_ffn_many(x, experts, offsets, rows, row_weights, out)
+
+
+def widen(weight: Weight) -> F32:
+    """Return the float32 values of a weight; a matrix [N, K], or an array of any shape."""
+    if isinstance(weight, Int8Weight):
+        out = np.empty(weight.values.shape, np.float32)
+        _native.widen(weight, out)
+        return out
+    flat = np.ascontiguousarray(weight).reshape(1, -1)
+    out = np.empty(flat.shape, np.float32)
+    if flat.size:
+        _native.widen(flat, out)
+    return out.reshape(weight.shape)
+
+
+def quantize_int8(weight: Weight, group: int | None = None) -> Int8Weight:
+    """Quantise a matrix [N, K] to int8 by its largest magnitude per run of ``group`` (None: K)."""
+    n, k = _shape(weight, "weight")
+    if group is not None and (group < 1 or k % group):
+        raise ValueError(f"group is {group}; it must divide the {k} columns of weight")
+    values = np.empty((n, k), np.int8)
+    scales = np.empty((n, k // (group or k)), np.float32)
+    _native.quantize_int8(weight, values, scales)
+    return Int8Weight(values, scales)
+
+
+def to_bfloat16(x: F32) -> NDArray[np.uint16]:
+    """Round float32 of any shape to bfloat16 bits, to nearest even; NaN stays NaN."""
+    flat = np.ascontiguousarray(x, np.float32).reshape(-1)
+    out = np.empty(flat.shape, np.uint16)
+    _native.to_bfloat16(flat, out)
+    return out.reshape(x.shape)
+
+
+def append_kv(keys: F32, values: F32, k_pages: Array, v_pages: Array, slots: I32) -> None:
+    """Write keys and values [T, G, D] into their pages; slots int32 [T] is page * P + offset."""
+    _native.append_kv(keys, values, k_pages, v_pages, slots)
+
+
+def chunked_attention(
+    q: F32,
+    k_pages: Array,
+    v_pages: Array,
+    page_tables: I32,
+    q_offsets: I32,
+    kv_lens: I32,
+    scale: float,
+    *,
+    sliding_window: int = 0,
+    softcap: float = 0.0,
+    sinks: F32 | None = None,
+    tree_mask: U64 | None = None,
+    out: F32 | None = None,
+) -> F32:
+    """Attend n new tokens of each sequence to its whole paged KV: q [T, H, D] -> [T, H, D]."""
+    if out is None:
+        out = np.empty(q.shape, np.float32)
+    _native.chunked_attention(
+        q,
+        k_pages,
+        v_pages,
+        page_tables,
+        q_offsets,
+        kv_lens,
+        scale,
+        sliding_window,
+        softcap,
+        sinks,
+        tree_mask,
+        out,
+    )
+    return out
+
+
+def cpu_targets() -> list[str]:
+    """Return the kernel targets this CPU supports, the best one last."""
+    return _native.cpu_targets()
+
+
+def cpu_target() -> str:
+    """Return the target that runs: ``SPECMOEOFF_CPU_TARGET``, or the best unless one was chosen."""
+    return _native.cpu_target()
+
+
+def use_cpu_target(name: str) -> None:
+    """Make a target run from now on; ValueError if this CPU does not support it."""
+    _native.use_cpu_target(name)
+
+
+def num_threads() -> int:
+    """Return the number of compute threads, the caller included."""
+    return _native.num_threads()
+
+
+def set_num_threads(n: int) -> None:
+    """Set the number of compute threads; at first it is the number of CPUs this process may use."""
+    _native.set_num_threads(n)
+
+
+def _shape(weight: Weight, name: str) -> tuple[int, int]:
+    shape = weight.values.shape if isinstance(weight, Int8Weight) else weight.shape
+    if len(shape) != 2:
+        raise ValueError(f"{name} has {len(shape)} dimensions; it must have 2")
+    return shape[0], shape[1]

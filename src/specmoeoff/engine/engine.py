@@ -160,6 +160,11 @@ class Engine:
             self._forget_pass(batch)
             raise
         updates = self._commit(batch, verifications)
+        decoded = {work.sequence.key for work in batch if work.decodes}
+        for update in updates:
+            self._stats.generated_tokens += len(update.token_ids)
+            if update.sequence.key in decoded:
+                self._stats.decode_tokens += len(update.token_ids)
         self._count(batch, proposals, verifications, num_drafts, time.perf_counter() - start)
         return updates
 
@@ -294,6 +299,7 @@ class Engine:
         stats.peak_memory_bytes = peak_resident_bytes()
         stats.num_threads = kernels.num_threads()
         stats.cpu_target = kernels.cpu_target()
+        stats.preemptions = self._scheduler.num_preemptions
         stats.lane_busy_s = {
             "disk": stats.streamed_s,
             "cpu": stats.step_s - stats.stalled_s,

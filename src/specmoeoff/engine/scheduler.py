@@ -49,6 +49,7 @@ class Scheduler:
     ) -> None:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.num_preemptions = 0
         self._kv = kv
         self._max_num_seqs = max_num_seqs
         self._max_tokens = max_num_batched_tokens
@@ -116,6 +117,7 @@ class Scheduler:
         self.running.remove(sequence)
         self._kv.free(sequence.kv)
         sequence.request.num_preemptions += 1
+        self.num_preemptions += 1
         self._on_preempt(sequence)
         self.waiting.appendleft(sequence)
 

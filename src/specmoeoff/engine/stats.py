@@ -14,7 +14,9 @@ class EngineStats:
     prefill_tokens: int = 0
     """Prompt tokens read by the target."""
     decode_tokens: int = 0
-    """Tokens returned to requests."""
+    """Tokens returned by steps past the prompt; a prompt's own first token is not among them."""
+    generated_tokens: int = 0
+    """All tokens returned to requests."""
     prefill_s: float = 0.0
     decode_s: float = 0.0
     """Seconds of steps, shared between prefill and decode by the rows each had in a step."""

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 MAX_GAP_BYTES = 64 << 10
 """Neighbours this close are read through the gap: a second request costs more than the bytes."""
 
-_NUMPY_DTYPES = {"BF16": np.dtype(np.uint16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
-
 
 @dataclass(frozen=True)
 class TensorView:
@@ -72,7 +70,7 @@ def lay_out(name: str, refs: Mapping[str, TensorRef]) -> ExpertLayout:
         segment = _segment(run)
         for canonical, ref in run:
             tensors[canonical] = TensorView(
-                at + ref.offset - segment.offset, _NUMPY_DTYPES[ref.dtype], tuple(ref.shape)
+                at + ref.offset - segment.offset, ref.numpy_dtype, tuple(ref.shape)
             )
         segments.append(segment)
         starts.append(at)

@@ -15,6 +15,7 @@ Holds at all times: no more than ``num_slots`` slots are resident; an acquired e
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ class ExpertStore:
         self._retired: list[int] = []
         self._slot_of = np.full(self._total, -1, np.int64)
         self._reads: dict[int, Read] = {}
-        self._held = np.zeros(self._total, bool)
+        self._held: list[int] = []
         self._per_token = np.full(self._total, experts_per_token / self.num_experts)
         self._wanted = np.ones(self._total)
         self._passing = self._spread_out()
@@ -91,6 +92,7 @@ class ExpertStore:
 
     def begin_step(self, num_tokens: int) -> None:
         """Say how many tokens the coming pass routes, and start reading ahead for it."""
+        self._cursor = 0
         least = LEAST_SHARE * self._experts_per_token / self.num_experts
         per_token = np.maximum(self._per_token, least)
         self._wanted = 1.0 - (1.0 - per_token) ** max(num_tokens, 1)
@@ -115,26 +117,22 @@ class ExpertStore:
         self.stats.wanted_experts += len(wanted)
         self._cursor = first
         pending = wanted
+        # A pass that failed half-way may have left its own here.
+        self._held = []
         while pending:
             asked = self._ask_for(pending)
             run = self._ready_run(pending, asked)
-            self._held[run] = True
-            try:
-                yield [(index - first, self._tensors(index)) for index in run]
-            finally:
-                self._held[run] = False
+            self._held = run
+            yield [(index - first, self._tensors(index)) for index in run]
+            self._held = []
             self._cursor = run[-1] + 1
             pending = pending[len(run) :]
-            self._read_ahead()
+            self._read_ahead(pending)
         self._cursor = first + self.num_experts
         self._read_ahead()
 
     def resize(self, num_slots: int) -> None:
-        """Hold at most ``num_slots`` from now on; the memory of dropped slots is given back.
-
-        Raises:
-            StreamError: A read that had to end first failed.
-        """
+        """Hold at most ``num_slots`` from now on; the memory of dropped slots is given back."""
         while self.num_slots > num_slots:
             slot = self._free.pop() if self._free else self._thin_out()
             self._arena.discard(slot * self.slot_bytes, self.slot_bytes)
@@ -152,12 +150,19 @@ class ExpertStore:
     # -- fetching -------------------------------------------------------------------------------
 
     def _ask_for(self, pending: Sequence[int]) -> int:
-        """Have the missing ones read, as many as there are slots for; return how many are covered."""
+        """Have the missing ones read, as many as there are slots for; return how many are covered.
+
+        At least the first is covered, if another pending one must give way.
+        """
         covered = 0
         missing = []
         for index in pending:
+            if self._has_failed(index):
+                self._free.append(self._release_slot(index))
             if self._slot_of[index] < 0:
                 slot = self._take_slot(protect=pending)
+                if slot is None and covered == 0:
+                    slot = self._take_slot(protect=pending[:1])
                 if slot is None:
                     break
                 self._slot_of[index] = slot
@@ -187,22 +192,28 @@ class ExpertStore:
             return
         start = time.perf_counter()
         try:
+            # Interrupted, it stays in flight: what arrives later must not be taken for arrived.
             read.wait()
         except StreamError:
             self._free.append(self._release_slot(index))
             raise
         finally:
-            self._reads.pop(index, None)
             self.stats.stalled_s += time.perf_counter() - start
+        del self._reads[index]
 
-    def _read_ahead(self) -> None:
+    def _has_failed(self, index: int) -> bool:
+        """Whether an expert was fetched ahead in vain; asking again may find the file restored."""
+        read = self._reads.get(index)
+        return read is not None and read.has_failed
+
+    def _read_ahead(self, protect: Sequence[int] = ()) -> None:
         """Fetch the likely experts of the window that are missing, nearest first."""
         if self._threshold > 1.0 or self.resident_experts == self._total:
             return
         ahead = (self._cursor + np.arange(self._window())) % self._total
         likely = ahead[(self._slot_of[ahead] < 0) & (self._wanted[ahead] >= self._threshold)]
         for index in likely:
-            slot = self._take_slot(protect=(), nearer_than=float(self._next_use(index)))
+            slot = self._take_slot(protect, nearer_than=float(self._next_use(index)))
             if slot is None:
                 return
             self._slot_of[index] = slot
@@ -219,7 +230,7 @@ class ExpertStore:
         base = int(self._slot_of[index]) * self.slot_bytes
         memory = self._arena.bytes
         buffers = [
-            memoryview(memory[base + start : base + start + segment.num_bytes])
+            memory[base + start : base + start + segment.num_bytes].data
             for start, segment in zip(layout.starts, layout.segments, strict=True)
         ]
         self._reads[index] = self._reader.submit(layout.name, layout.segments, buffers, urgent)
@@ -257,18 +268,19 @@ class ExpertStore:
         return None if nearer_than is not None else self._drop_in_flight(protect)
 
     def _droppable(self, protect: Sequence[int] = ()) -> NDArray[np.int64]:
-        droppable = (self._slot_of >= 0) & ~self._held
-        droppable[list(protect)] = False
+        droppable = self._slot_of >= 0
+        droppable[[*self._held, *protect]] = False
         droppable[[index for index, read in self._reads.items() if not read.is_done]] = False
         return np.flatnonzero(droppable)
 
     def _drop_in_flight(self, protect: Sequence[int]) -> int | None:
-        """Give up what was fetched ahead (last wanted first) when there is nothing else to drop."""
+        """Give up what is being fetched (last wanted first) when there is nothing else to drop."""
         others = [index for index in self._reads if index not in protect]
         if not others:
             return None
         victim = others[int(np.argmax(self._next_use(np.array(others))))]
-        self._wait(victim)
+        with contextlib.suppress(StreamError):
+            self._reads[victim].wait()
         return self._release_slot(victim)
 
     def _thin_out(self) -> int:

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-_DTYPES = {"bfloat16": np.dtype(np.uint16), "float32": np.dtype(np.float32)}
+_DTYPES: dict[str, np.dtype[np.generic]] = {
+    "bfloat16": np.dtype(np.uint16),
+    "float32": np.dtype(np.float32),
+}
 
 
 @dataclass
@@ -86,9 +89,14 @@ class KvCache:
         pages = [heapq.heappop(self._free) for _ in range(missing)]
         top = pages[-1] + 1
         if top > self.high_water:
-            if not self.may_grow(top):
-                for page in pages:
-                    heapq.heappush(self._free, page)
+            granted = False
+            try:
+                granted = self.may_grow(top)
+            finally:
+                if not granted:
+                    for page in pages:
+                        heapq.heappush(self._free, page)
+            if not granted:
                 return False
             self.high_water = top
         sequence.pages.extend(pages)

@@ -55,6 +55,11 @@ class Read:
         """Whether wait() would return at once."""
         return self._done.is_set()
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether wait() would raise at once."""
+        return self._done.is_set() and self._error is not None
+
     def wait(self) -> None:
         """Block until every piece has arrived.
 
@@ -102,6 +107,7 @@ class Reader:
         self._closed = False
         self._wake = threading.Condition()
         self._descriptors: dict[Path, tuple[int, bool]] = {}
+        self._failed_descriptors: list[int] = []
         self._threads = [
             threading.Thread(target=self._serve, name=f"reader-{i}", daemon=True)
             for i in range(num_threads)
@@ -120,6 +126,9 @@ class Reader:
 
         ``urgent`` reads go before everything queued; several urgent ones are served last asked
         first, so ask for them in reverse.
+
+        Raises:
+            StreamError: The reader was closed.
         """
         pieces = [
             (segment, buffer, at)
@@ -138,6 +147,8 @@ class Reader:
             for segment, buffer, at in pieces
         ]
         with self._wake:
+            if self._closed:
+                raise StreamError(f"{name} cannot be read: the reader was closed")
             if urgent:
                 self._queue.extendleft(reversed(queued))
             else:
@@ -161,9 +172,9 @@ class Reader:
             self._wake.notify_all()
         for thread in self._threads:
             thread.join()
-        for descriptor, _ in self._descriptors.values():
-            os.close(descriptor)
+        self._failed_descriptors += [descriptor for descriptor, _ in self._descriptors.values()]
         self._descriptors.clear()
+        self._close_failed()
 
     def _serve(self) -> None:
         while True:
@@ -179,13 +190,17 @@ class Reader:
             error: Exception | None = None
             try:
                 self._read(piece)
-            except (OSError, StreamError) as caught:
+            except Exception as caught:  # whatever it is belongs to the read, not to this thread
                 error = self._explain(piece, caught)
             with self._wake:
                 self._in_flight -= 1
-                self.stats.bytes += len(piece.buffer)
+                if error is None:
+                    self.stats.bytes += len(piece.buffer)
+                else:
+                    self._forget_descriptor(piece.file)
                 if self._in_flight == 0:
                     self.stats.busy_s += time.monotonic() - self._busy_since
+                    self._close_failed()
                 piece.read.finish_piece(error)
 
     def _read(self, piece: _Piece) -> None:
@@ -221,6 +236,17 @@ class Reader:
                 known = _open(file)
                 self._descriptors[file] = known
             return known
+
+    def _forget_descriptor(self, file: Path) -> None:
+        """Have the file opened anew by the next read: it may have been put back under its name."""
+        known = self._descriptors.pop(file, None)
+        if known is not None:
+            self._failed_descriptors.append(known[0])
+
+    def _close_failed(self) -> None:
+        """Close what failed, once no piece in flight can be using it."""
+        while self._failed_descriptors:
+            os.close(self._failed_descriptors.pop())
 
     @staticmethod
     def _explain(piece: _Piece, error: Exception) -> Exception:

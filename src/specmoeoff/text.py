@@ -9,13 +9,18 @@ The ``tokenizers`` library is imported when a tokenizer is loaded, not before.
 
 from __future__ import annotations
 
-import json
 import reprlib
 from typing import TYPE_CHECKING, Any
 
 from specmoeoff.chat_template import ChatTemplate
 from specmoeoff.errors import CheckpointError, InvalidInputError
 from specmoeoff.stop_strings import StopStrings
+from specmoeoff.tokenizer_config import (
+    add_missing_tokens,
+    chat_template_source,
+    read_tokenizer_config,
+    special_tokens,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,9 +30,6 @@ if TYPE_CHECKING:
 
     from specmoeoff.sampling_params import SamplingParams
 
-_SPECIAL_TOKEN_NAMES = tuple(
-    f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-)
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 """What an unfinished or invalid UTF-8 sequence is decoded to."""
 
@@ -42,7 +44,7 @@ class Tokenizer:
         self._directory = directory
         self._config = config
         self._chat_template: ChatTemplate | None = None
-        self._special_tokens = _special_tokens(config)
+        self._special_tokens = special_tokens(config)
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         """Tokens that ``skip_special_tokens`` leaves out."""
@@ -70,11 +72,8 @@ class Tokenizer:
         # Limits that were set for training would silently cut prompts.
         backend.no_truncation()
         backend.no_padding()
-        config = {
-            **_read_json(directory / "special_tokens_map.json"),
-            **_read_json(directory / "tokenizer_config.json"),
-        }
-        _add_missing_tokens(backend, config, directory)
+        config = read_tokenizer_config(directory)
+        add_missing_tokens(backend, config, directory)
         return cls(backend, config, directory)
 
     @property
@@ -126,7 +125,7 @@ class Tokenizer:
     ) -> str:
         """Return the same prompt as text."""
         if self._chat_template is None:
-            source = _chat_template_source(self._directory, self._config)
+            source = chat_template_source(self._directory, self._config)
             self._chat_template = ChatTemplate(source, str(self._directory), self._special_tokens)
         return self._chat_template.render(messages, add_generation_prompt)
 
@@ -261,73 +260,3 @@ def _byte_fallback_ids(backend: tokenizers.Tokenizer) -> frozenset[int]:
         return frozenset()
     ids = (backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
     return frozenset(i for i in ids if i is not None)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}; it must be an object")
-    return content
-
-
-def _content(token: object) -> str | None:
-    """Return the string of a token that is written as a string or as an object."""
-    content = token.get("content") if isinstance(token, dict) else token
-    return content if isinstance(content, str) else None
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the special tokens by name, as templates know them."""
-    tokens: dict[str, Any] = {
-        name: content
-        for name in _SPECIAL_TOKEN_NAMES
-        if (content := _content(config.get(name))) is not None
-    }
-    extra = config.get("additional_special_tokens")
-    if isinstance(extra, list):
-        tokens["additional_special_tokens"] = [_content(token) for token in extra]
-    return tokens
-
-
-def _add_missing_tokens(
-    backend: tokenizers.Tokenizer, config: Mapping[str, Any], directory: Path
-) -> None:
-    """Add tokens, and mark special ones, that only tokenizer_config.json knows of."""
-    from tokenizers import AddedToken
-
-    known = backend.get_added_tokens_decoder()
-    wanted = config.get("added_tokens_decoder") or {}
-    for token_id, fields in sorted(wanted.items(), key=lambda item: int(item[0])):
-        content, special = fields["content"], bool(fields.get("special"))
-        old = known.get(int(token_id))
-        if old is not None and old.content == content and old.special >= special:
-            continue
-        flags = {name: bool(fields.get(name)) for name in ("lstrip", "rstrip", "single_word")}
-        normalized = bool(fields.get("normalized", not special))
-        backend.add_tokens([AddedToken(content, special=special, normalized=normalized, **flags)])
-        if backend.token_to_id(content) != int(token_id):
-            raise CheckpointError(
-                f"{directory}: tokenizer_config.json says that token {token_id} is {content!r}, "
-                f"but tokenizer.json gives it {backend.token_to_id(content)}"
-            )
-
-
-def _chat_template_source(directory: Path, config: Mapping[str, Any]) -> str:
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    source = config.get("chat_template")
-    if isinstance(source, list):
-        named = {entry.get("name"): entry.get("template") for entry in source}
-        source = named.get("default")
-    if not isinstance(source, str):
-        raise InvalidInputError(
-            f"{directory} has no chat template (neither chat_template.jinja nor chat_template in "
-            f"tokenizer_config.json): give the prompt as text"
-        )
-    return source

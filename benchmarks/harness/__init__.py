@@ -1,0 +1,1 @@
+"""What the benchmarks share: memory cgroups, measured processes, real prompts, the peers."""

@@ -99,7 +99,7 @@ def run_batch(
         seed: What the seeds of lines without one are made from.
         resume: Go on from the partial file, if there is one.
         overwrite: Replace an output, and discard a partial file unless it is resumed.
-        progress: Called after every result.
+        progress: Called at the start and after every result.
 
     Raises:
         InvalidInputError: The paths cannot be used, or the partial file is of another job.
@@ -191,6 +191,7 @@ class _Job:
         )
 
     def run(self, llm: Completes, input_path: Path) -> None:
+        self._report()
         completed = llm.iter_completed(self._prompts(input_path), self._line_params())
         try:
             for output in completed:
@@ -228,6 +229,9 @@ class _Job:
 
     def _write(self, record: dict[str, Any], *, failed: bool) -> None:
         self._results.append(record["index"], encode_record(record), failed=failed)
+        self._report()
+
+    def _report(self) -> None:
         if self._progress is not None:
             self._progress(self.summary())
 

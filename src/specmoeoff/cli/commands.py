@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from specmoeoff import __version__
+from specmoeoff.cli import texts
 from specmoeoff.cli.arguments import (
     CpuTarget,
     Draft,
@@ -49,10 +50,8 @@ from specmoeoff.errors import InvalidInputError
 
 app = typer.Typer(
     name="specmoeoff",
-    help="Run mixture-of-experts models that do not fit memory: experts stream from disk under a "
-    "memory budget, and speculative decoding makes every streamed byte count more.",
-    epilog="Exit codes: 0 done, 2 bad usage or input, 3 does not fit the memory, 130 interrupted, "
-    "1 anything else.",
+    help=texts.PROGRAM,
+    epilog=texts.EXIT_CODES,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -82,17 +81,7 @@ def _sampling_fields(**fields: Any) -> dict[str, Any]:
     return {k: v for k, v in fields.items() if not any(v is a for a in absent) and v != []}
 
 
-@app.command(
-    epilog="Examples:\n\n"
-    "specmoeoff generate MODEL --prompt 'The capital of France is' -n 32\n\n"
-    "specmoeoff generate MODEL --prompts in.jsonl --output out.jsonl -m 1GiB --draft DRAFT\n\n"
-    "specmoeoff generate MODEL --prompts in.jsonl --output out.jsonl --resume   (after a kill)",
-    help="Complete prompts: a JSONL job, or a few prompts given here.\n\n"
-    'A line of a job has an "id", one of "prompt", "prompt_token_ids" or "messages", and any '
-    "sampling parameter for itself. Each gets one result line, in the same order; a line that "
-    'cannot be run gets an "error". Finished results are kept whatever happens, and --resume '
-    "goes on from there.",
-)
+@app.command(epilog=texts.GENERATE_EXAMPLES, help=texts.GENERATE)
 def generate(
     model: Model,
     prompts: Annotated[
@@ -185,11 +174,7 @@ def generate(
     )
 
 
-@app.command(
-    epilog="Examples:\n\n"
-    "specmoeoff chat MODEL --memory 1GiB --draft DRAFT\n\n"
-    "echo 'Why is the sky blue?' | specmoeoff chat MODEL --system 'Answer in one sentence.'"
-)
+@app.command(epilog=texts.CHAT_EXAMPLES)
 def chat(
     model: Model,
     system: Annotated[
@@ -242,11 +227,7 @@ def chat(
     )
 
 
-@app.command(
-    epilog="Examples:\n\n"
-    "specmoeoff doctor\n\n"
-    "specmoeoff doctor MODEL --memory 1GiB --draft DRAFT   (exit code 3 if it does not fit)"
-)
+@app.command(epilog=texts.DOCTOR_EXAMPLES)
 def doctor(
     model: Annotated[
         str | None,
@@ -281,14 +262,7 @@ def doctor(
     return DoctorOptions(engine=engine, json=json)
 
 
-@app.command(
-    epilog="Examples:\n\n"
-    "specmoeoff demo\n\n"
-    "specmoeoff demo --build DIR --experts 64   (only writes DIR/target and DIR/draft, 10 GB)",
-    help="Watch a real model that is larger than its memory answer 16 prompts, without and with "
-    "speculation.\n\nThe first run downloads a small model (100 MB) and makes a mixture of experts "
-    "of it (1.4 GB).",
-)
+@app.command(epilog=texts.DEMO_EXAMPLES, help=texts.DEMO)
 def demo(
     build: Annotated[
         str | None,

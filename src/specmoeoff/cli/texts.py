@@ -1,0 +1,50 @@
+"""What ``--help`` says of the program and its commands, and the examples it ends with."""
+
+PROGRAM = (
+    "Run mixture-of-experts models that do not fit memory: experts stream from disk under a "
+    "memory budget, and speculative decoding makes every streamed byte count more."
+)
+
+EXIT_CODES = (
+    "Exit codes: 0 done, 2 bad usage or input, 3 does not fit the memory, 130 interrupted, "
+    "1 anything else."
+)
+
+GENERATE_EXAMPLES = (
+    "Examples:\n\n"
+    "specmoeoff generate MODEL --prompt 'The capital of France is' -n 32\n\n"
+    "specmoeoff generate MODEL --prompts in.jsonl --output out.jsonl -m 1GiB --draft DRAFT\n\n"
+    "specmoeoff generate MODEL --prompts in.jsonl --output out.jsonl --resume   (after a kill)"
+)
+
+GENERATE = (
+    "Complete prompts: a JSONL job, or a few prompts given here.\n\n"
+    'A line of a job has an "id", one of "prompt", "prompt_token_ids" or "messages", and any '
+    "sampling parameter for itself. Each gets one result line, in the same order; a line that "
+    'cannot be run gets an "error". Finished results are kept whatever happens, and --resume '
+    "goes on from there."
+)
+
+CHAT_EXAMPLES = (
+    "Examples:\n\n"
+    "specmoeoff chat MODEL --memory 1GiB --draft DRAFT\n\n"
+    "echo 'Why is the sky blue?' | specmoeoff chat MODEL --system 'Answer in one sentence.'"
+)
+
+DOCTOR_EXAMPLES = (
+    "Examples:\n\n"
+    "specmoeoff doctor\n\n"
+    "specmoeoff doctor MODEL --memory 1GiB --draft DRAFT   (exit code 3 if it does not fit)"
+)
+
+DEMO_EXAMPLES = (
+    "Examples:\n\n"
+    "specmoeoff demo\n\n"
+    "specmoeoff demo --build DIR --experts 64   (only writes DIR/target and DIR/draft, 10 GB)"
+)
+
+DEMO = (
+    "Watch a real model that is larger than its memory answer 16 prompts, without and with "
+    "speculation.\n\nThe first run downloads a small model (100 MB) and makes a mixture of experts "
+    "of it (1.4 GB)."
+)

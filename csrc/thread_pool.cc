@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -64,25 +65,8 @@ class Pool {
       RunInline(count, f, context);
       return;
     }
-    f_ = f;
-    context_ = context;
-    count_ = count;
-    next_.store(0, std::memory_order_relaxed);
-    working_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
-    round_.fetch_add(1, std::memory_order_seq_cst);
-    if (sleeping_.load(std::memory_order_seq_cst) > 0) {
-      std::lock_guard<std::mutex> lock(mutex_);
-      wake_.notify_all();
-    }
-    inside_piece = true;
-    Work();
-    inside_piece = false;
-    const auto finished = [this] { return working_.load(std::memory_order_acquire) == 0; };
-    if (!SpinFor(finished)) {
-      std::unique_lock<std::mutex> lock(mutex_);
-      caller_waits_ = true;
-      finished_.wait(lock, finished);
-      caller_waits_ = false;
+    for (int64_t first = 0; first < count; first += kMostPieces) {
+      RunShared(first, std::min(count - first, kMostPieces), f, context);
     }
   }
 
@@ -91,18 +75,60 @@ class Pool {
     for (int64_t i = 0; i < count; ++i) f(context, i);
   }
 
+  void RunShared(int64_t first, int64_t count, PieceFunction f, void* context) {
+    first_ = first;
+    f_ = f;
+    context_ = context;
+    completed_.store(0, std::memory_order_relaxed);
+    epoch_ += 1;
+    tickets_.store(epoch_ << (2 * kCountBits) | static_cast<uint64_t>(count) << kCountBits,
+                   std::memory_order_seq_cst);
+    if (sleeping_.load(std::memory_order_seq_cst) > 0) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      wake_.notify_all();
+    }
+    inside_piece = true;
+    Work();
+    inside_piece = false;
+    // Only pieces that somebody took are waited for: a worker that never woke holds nobody up.
+    const auto finished = [=, this] { return completed_.load(std::memory_order_seq_cst) == count; };
+    if (!SpinFor(finished)) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      caller_waits_.store(true, std::memory_order_seq_cst);
+      finished_.wait(lock, finished);
+      caller_waits_.store(false, std::memory_order_relaxed);
+    }
+  }
+
+  // A ticket is (epoch, pieces, next piece) in one word, so a worker that comes late cannot take
+  // a piece of a call that is over: what it read no longer stands there.
+  static bool HasPiece(uint64_t tickets) {
+    return (tickets & kCountMask) < (tickets >> kCountBits & kCountMask);
+  }
+
+  bool HasPiece() const { return HasPiece(tickets_.load(std::memory_order_seq_cst)); }
+
   void Work() {
     for (;;) {
-      const int64_t index = next_.fetch_add(1, std::memory_order_relaxed);
-      if (index >= count_) return;
-      f_(context_, index);
+      uint64_t tickets = tickets_.load(std::memory_order_acquire);
+      if (!HasPiece(tickets)) return;
+      if (!tickets_.compare_exchange_weak(tickets, tickets + 1, std::memory_order_acq_rel)) continue;
+      // Holding a piece, we keep its call from returning: what describes the call stays.
+      const auto count = static_cast<int64_t>(tickets >> kCountBits & kCountMask);
+      f_(context_, first_ + static_cast<int64_t>(tickets & kCountMask));
+      if (completed_.fetch_add(1, std::memory_order_seq_cst) + 1 == count &&
+          caller_waits_.load(std::memory_order_seq_cst)) {
+        // The caller may be between its last look and its sleep; the lock orders us after it.
+        std::lock_guard<std::mutex> lock(mutex_);
+        finished_.notify_one();
+      }
     }
   }
 
   void Start(int num_threads) {
     stop_ = false;
     for (int i = 1; i < num_threads; ++i) {
-      workers_.emplace_back([this, seen = round_.load()] { Loop(seen); });
+      workers_.emplace_back([this] { Loop(); });
     }
     num_threads_.store(num_threads, std::memory_order_relaxed);
   }
@@ -117,40 +143,37 @@ class Pool {
     workers_.clear();
   }
 
-  void Loop(uint64_t seen) {
+  void Loop() {
     inside_piece = true;
     for (;;) {
-      const auto called = [&] { return round_.load(std::memory_order_seq_cst) != seen; };
-      if (!SpinFor(called)) {
+      if (!SpinFor([this] { return HasPiece(); })) {
         std::unique_lock<std::mutex> lock(mutex_);
         sleeping_.fetch_add(1, std::memory_order_seq_cst);
-        wake_.wait(lock, [&] { return called() || stop_; });
+        wake_.wait(lock, [this] { return HasPiece() || stop_; });
         sleeping_.fetch_sub(1, std::memory_order_seq_cst);
-        if (!called()) return;
+        if (stop_) return;
       }
-      ++seen;
       Work();
-      if (working_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-        // The caller may be between its last look and its sleep; the lock orders us after it.
-        std::lock_guard<std::mutex> lock(mutex_);
-        if (caller_waits_) finished_.notify_one();
-      }
     }
   }
+
+  static constexpr int kCountBits = 20;
+  static constexpr uint64_t kCountMask = (uint64_t{1} << kCountBits) - 1;
+  static constexpr int64_t kMostPieces = static_cast<int64_t>(kCountMask);
 
   std::mutex turn_;  // held by the call that is running
   PieceFunction f_ = nullptr;
   void* context_ = nullptr;
-  int64_t count_ = 0;
-  alignas(64) std::atomic<int64_t> next_{0};
-  alignas(64) std::atomic<int> working_{0};
-  alignas(64) std::atomic<uint64_t> round_{0};
+  int64_t first_ = 0;
+  uint64_t epoch_ = 0;
+  alignas(64) std::atomic<uint64_t> tickets_{0};
+  alignas(64) std::atomic<int64_t> completed_{0};
   std::atomic<int> sleeping_{0};
   std::atomic<int> num_threads_{1};
   std::mutex mutex_;
   std::condition_variable wake_;
   std::condition_variable finished_;
-  bool caller_waits_ = false;
+  std::atomic<bool> caller_waits_{false};
   bool stop_ = false;
   std::vector<std::thread> workers_;
 };

@@ -43,7 +43,6 @@ def build_engine(config: EngineConfig) -> Engine:
     target_files, draft_files = open_models(config)
     plan = make_plan(config, target_files, draft_files)
     weights = load_dense(target_files.model, Loader(target_files.checkpoint))
-    reader = Reader()
     kv = _kv_cache(target_files.model.config, config, plan.kv_pages)
     caches = [kv]
     drafter: Drafter | None = None
@@ -56,6 +55,7 @@ def build_engine(config: EngineConfig) -> Engine:
     elif config.speculative is not None:
         drafter = NgramDrafting(config.speculative)
     elastic_bytes = plan.elastic_bytes + shared_bytes
+    reader = Reader()
     model = target_files.model
     store = ExpertStore(
         target_files.expert_layouts(),

@@ -148,7 +148,10 @@ class Engine:
                 their tokens and can go on with the next step.
         """
         start = time.perf_counter()
-        num_drafts = self._num_drafts()
+        num_decoding = sum(sequence.is_decoding for sequence in self._scheduler.running)
+        num_drafts = 0
+        if self._drafter is not None:
+            num_drafts = self._parts.budget.num_drafts(num_decoding)
         batch = self._scheduler.schedule(num_drafts)
         if not batch:
             raise RuntimeError("no sequence can run: the KV cache is smaller than its plan")
@@ -165,14 +168,9 @@ class Engine:
             self._stats.generated_tokens += len(update.token_ids)
             if update.sequence.key in decoded:
                 self._stats.decode_tokens += len(update.token_ids)
-        self._count(batch, proposals, verifications, num_drafts, time.perf_counter() - start)
+        asked = (num_decoding, num_drafts)
+        self._count(batch, proposals, verifications, asked, time.perf_counter() - start)
         return updates
-
-    def _num_drafts(self) -> int:
-        if self._drafter is None:
-            return 0
-        running = self._scheduler.running
-        return self._parts.budget.num_drafts(sum(sequence.is_decoding for sequence in running))
 
     def _propose(self, batch: list[Scheduled]) -> list[Proposal]:
         """Draft for the decoding sequences; the drafter reads the prompts that the target reads."""
@@ -254,9 +252,10 @@ class Engine:
         batch: list[Scheduled],
         proposals: list[Proposal],
         verifications: list[Verification | None],
-        num_drafts: int,
+        asked: tuple[int, int],
         step_s: float,
     ) -> None:
+        """Count a step; ``asked`` is what the draft budget was asked with, and what it said."""
         stats = self._stats
         prompt_rows = sum(work.num_tokens for work in batch if not work.decodes)
         decode_rows = sum(
@@ -284,8 +283,7 @@ class Engine:
         stats.drafted_tokens += drafted
         stats.accepted_tokens += accepted
         if self._drafter is not None and prompt_rows == 0:
-            num_decoding = sum(work.decodes for work in batch)
-            self._parts.budget.observe(num_decoding, num_drafts, step_s, judged, accepted)
+            self._parts.budget.observe(*asked, step_s, judged, accepted)
 
     def stats(self) -> EngineStats:
         """Return the counters up to now."""

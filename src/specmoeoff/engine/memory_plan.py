@@ -19,7 +19,7 @@ from specmoeoff.memory_size import format_memory_size
 from specmoeoff.offload.kv_cache import page_bytes
 
 MIB = 1 << 20
-RUNTIME_FLOOR = 96 * MIB
+RUNTIME_FLOOR = 64 * MIB
 """The interpreter with numpy, the kernels, a tokenizer and the command line, as measured; a process
 that already holds more is counted at what it holds."""
 RUNTIME_MARGIN = 40 * MIB
@@ -165,17 +165,21 @@ def cgroup_limit() -> int | None:
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            candidates = [Path("/sys/fs/cgroup") / path.lstrip("/") / "memory.max"]
+            root, name = Path("/sys/fs/cgroup"), "memory.max"
         elif "memory" in controllers.split(","):
-            root = Path("/sys/fs/cgroup/memory")
-            candidates = [root / path.lstrip("/") / "memory.limit_in_bytes"]
+            root, name = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
         else:
             continue
-        for file in candidates:
+        group = root / path.lstrip("/")
+        # A parent's limit holds for its children too.
+        for directory in (group, *group.parents):
+            file = directory / name
             if file.exists() and (text := file.read_text().strip()).isdigit():
                 limits.append(int(text))
-    real = [limit for limit in limits if limit < 1 << 60]
-    return min(real, default=None)
+            if directory == root:
+                break
+    # Version 1 writes "unlimited" as a number near 2^63.
+    return min((limit for limit in limits if limit < 1 << 60), default=None)
 
 
 def resident_bytes() -> int:

@@ -90,7 +90,10 @@ class Scheduler:
             step.append(work)
         step = [work for work in step if work.sequence in self.running]
         # Whoever was just preempted waits at the front; admitting in the same step would thrash.
-        while self.waiting and budget > 0 and not was_full and self._may_admit():
+        # But a sequence that preempted itself when alone starts over, in memory that is now whole.
+        if was_full and self.running:
+            return step
+        while self.waiting and budget > 0 and self._may_admit():
             work = self._admit(budget)
             budget -= work.num_tokens
             step.append(work)

@@ -48,16 +48,19 @@ def verify_batch(
         A verification per sequence; None where the prompt is not read to its end.
     """
     parts = []
+    # Counted first: noting one sample's prompt changes what the request's other samples want.
+    sizes = [num_outputs(work, p) for work, p in zip(batch, proposals, strict=True)]
     at = 0
-    for work, proposal in zip(batch, proposals, strict=True):
-        rows = hidden[at : at + num_outputs(work, proposal)]
-        at += len(rows)
+    for work, proposal, size in zip(batch, proposals, sizes, strict=True):
+        rows = hidden[at : at + size]
+        at += size
         if _wants_prompt_logprobs(work):
             _note_prompt_logprobs(target, work, rows)
         parts.append(rows[len(rows) - _num_verified(work, proposal) :])
     results: list[Verification | None] = []
     for start, stop in _groups([len(rows) for rows in parts]):
-        logits = target.logits(np.concatenate(parts[start:stop]))
+        group = np.concatenate(parts[start:stop])
+        logits = target.logits(group) if len(group) else group
         at = 0
         for i in range(start, stop):
             rows = logits[at : at + len(parts[i])]

@@ -26,7 +26,8 @@ class WeightArgument {
       ReadInt8(object, name);
     } else {
       throw nb::type_error(
-          (name + " must be a numpy array of float32, float16 or uint16 (bfloat16), or an Int8Weight")
+          (name +
+           " must be a numpy array of float32, float16 or uint16 (bfloat16), or an Int8Weight")
               .c_str());
     }
     weight_.data = values_.data<void>();
@@ -42,7 +43,8 @@ class WeightArgument {
  private:
   void ReadInt8(nanobind::handle object, const std::string& name) {
     namespace nb = nanobind;
-    values_ = Array(nb::object(object.attr("values")), (name + ".values").c_str(), {Dtype::kInt8}, 2);
+    values_ =
+        Array(nb::object(object.attr("values")), (name + ".values").c_str(), {Dtype::kInt8}, 2);
     scales_ =
         Array(nb::object(object.attr("scales")), (name + ".scales").c_str(), {Dtype::kFloat32}, 2);
     const int64_t groups = scales_.dim(1);

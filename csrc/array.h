@@ -13,14 +13,14 @@ enum class Dtype { kFloat32, kFloat16, kUint16, kInt8, kInt32, kUint64 };
 
 const char* DtypeName(Dtype dtype);
 
-// A view of an array's memory, valid as long as this object lives. Movable, so that a vector of them
-// keeps many arguments alive through a call. Release and destruction need the GIL.
+// A view of an array's memory, valid as long as this object lives. Movable, so that a vector of
+// them keeps many arguments alive through a call. Release and destruction need the GIL.
 class Array {
  public:
   Array() = default;
   // Throws TypeError if `object` is no array of one of `dtypes`, ValueError if it has not `ndim`
-  // dimensions (-1: any, at most 4), is not C-contiguous, or is read-only where `writable` is asked.
-  // With `strided_first` the first dimension may have any positive stride.
+  // dimensions (-1: any, at most 4), is not C-contiguous, or is read-only where `writable` is
+  // asked. With `strided_first` the first dimension may have any positive stride.
   Array(nanobind::handle object, const char* name, std::initializer_list<Dtype> dtypes, int ndim,
         bool writable = false, bool strided_first = false);
   Array(Array&& other) noexcept;
@@ -47,7 +47,8 @@ class Array {
   int64_t first_stride_ = 0;
 };
 
-// Throws ValueError "<name> has shape [..]; it must be <wanted>" unless `array` has these dimensions.
+// Throws ValueError "<name> has shape [..]; it must be <wanted>" unless `array` has these
+// dimensions.
 void RequireShape(const Array& array, const char* name, std::initializer_list<int64_t> shape);
 
 }  // namespace specmoeoff

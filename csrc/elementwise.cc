@@ -55,9 +55,8 @@ void Route(const float* logits, int64_t rows, int64_t experts, int64_t top_k, in
 
 void Widen(const Weight& weight, const int32_t* ids, int64_t count, float* out) {
   const ElementwiseKernels& kernels = Current();
-  ForRows(count, weight.k, [&](int64_t t) {
-    kernels.widen(weight, ids ? ids[t] : t, out + t * weight.k);
-  });
+  ForRows(count, weight.k,
+          [&](int64_t t) { kernels.widen(weight, ids ? ids[t] : t, out + t * weight.k); });
 }
 
 void Quantize(const Weight& weight, int64_t group, int8_t* values, float* scales) {

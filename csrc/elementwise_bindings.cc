@@ -27,7 +27,8 @@ void RopeCall(nb::handle x_object, nb::handle cos_object, nb::handle sin_object)
   const int64_t half = cos.dim(1);
   RequireShape(cos, "cos", {x.dim(0), half});
   RequireShape(sin, "sin", {x.dim(0), half});
-  if (2 * half > x.dim(2)) throw nb::value_error("cos has more than half as many columns as a head");
+  if (2 * half > x.dim(2))
+    throw nb::value_error("cos has more than half as many columns as a head");
   nb::gil_scoped_release release;
   Rope(x.data<float>(), cos.data<float>(), sin.data<float>(), x.dim(0), x.dim(1), x.dim(2), half);
 }

@@ -52,8 +52,8 @@ class ExpertRun {
     const int64_t x_floats = most_rows_ * RoundUp(width_, 16);
     const int64_t hidden_floats = most_rows_ * RoundUp(inner_, 16);
     const int64_t buffers = std::min<int64_t>(2, static_cast<int64_t>(units_.size()));
-    auto* memory = static_cast<float*>(
-        CallScratch(buffers * (x_floats + hidden_floats) * sizeof(float)));
+    auto* memory =
+        static_cast<float*>(CallScratch(buffers * (x_floats + hidden_floats) * sizeof(float)));
     for (int64_t i = 0; i < buffers; ++i) {
       packed_[i] = memory + i * (x_floats + hidden_floats);
       hidden_[i] = packed_[i] + x_floats;
@@ -107,9 +107,12 @@ class ExpertRun {
                                         [](int64_t p, const Span& s) { return p < s.begin; });
     const Span& span = *(after - 1);
     switch (span.stage) {
-      case Stage::kPack: return PackPiece(span.unit, piece - span.begin);
-      case Stage::kHidden: return HiddenPiece(span.unit, piece - span.begin);
-      case Stage::kDown: return DownPiece(span.unit, piece - span.begin);
+      case Stage::kPack:
+        return PackPiece(span.unit, piece - span.begin);
+      case Stage::kHidden:
+        return HiddenPiece(span.unit, piece - span.begin);
+      case Stage::kDown:
+        return DownPiece(span.unit, piece - span.begin);
     }
   }
 
@@ -162,17 +165,15 @@ class ExpertRun {
   // The product of one piece's columns, into this thread's scratch (room for two results).
   Product Columns(const Unit& unit, const Weight& weight, const float* packed, int64_t piece,
                   int64_t columns) const {
-    const size_t panel_bytes = PanelBytes(weight.k);
     const size_t result_bytes = static_cast<size_t>(unit.count * columns) * sizeof(float);
-    auto* scratch = static_cast<char*>(ThreadScratch(panel_bytes + 2 * result_bytes));
+    auto* scratch = static_cast<float*>(ThreadScratch(2 * result_bytes));
     Product p{};
     p.packed = packed;
     p.rows = unit.count;
     p.weight = &weight;
     p.begin = piece * columns;
     p.end = std::min(weight.n, p.begin + columns);
-    p.panel = reinterpret_cast<float*>(scratch);
-    p.y = reinterpret_cast<float*>(scratch + panel_bytes);
+    p.y = scratch;
     p.y_stride = columns;
     const int64_t next = p.begin + NumThreads() * columns;
     p.next = next + columns <= weight.n ? weight.row(next) : nullptr;

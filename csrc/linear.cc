@@ -9,27 +9,21 @@
 namespace specmoeoff {
 namespace {
 
-constexpr size_t kPanelBytes = 512 << 10;   // half of a usual L2
 constexpr int64_t kPieceBytes = 128 << 10;  // weights per piece: long enough to hide its start
 constexpr int64_t kPackedFloats = 512 << 10;
-constexpr int64_t kLeastChunk = 48;  // rows below which weights would be read too often
+constexpr int64_t kLeastChunk = 48;        // rows below which weights would be read too often
 constexpr int64_t kInlinePack = 64 << 10;  // floats that are not worth waking a thread for
 
 }  // namespace
-
-size_t PanelBytes(int64_t k) {
-  // Never less than four rows, the widest tile.
-  return std::max<size_t>(kPanelBytes, static_cast<size_t>(RoundUp(k, 16)) * 4 * sizeof(float));
-}
 
 const LinearKernels& CurrentLinear() {
   return Select(&kLinearScalar, SPECMOEOFF_IF_X86(&kLinearAvx2), SPECMOEOFF_IF_X86(&kLinearAvx512));
 }
 
 int64_t PieceColumns(int64_t n, int64_t column_bytes) {
-  const int64_t by_bytes = RoundUp(kPieceBytes / std::max<int64_t>(column_bytes, 1), kPanel);
-  const int64_t by_threads = n / (4 * NumThreads()) / kPanel * kPanel;
-  return std::max(kPanel, std::min(by_bytes, by_threads));
+  const int64_t by_bytes = RoundUp(kPieceBytes / std::max<int64_t>(column_bytes, 1), kColumnUnit);
+  const int64_t by_threads = n / (4 * NumThreads()) / kColumnUnit * kColumnUnit;
+  return std::max(kColumnUnit, std::min(by_bytes, by_threads));
 }
 
 int64_t ChunkRows(int64_t rows, int64_t floats_per_row, int64_t budget, int tile_rows) {
@@ -70,7 +64,6 @@ void Linear(const float* x, int64_t rows, const Weight& weight, const float* bia
       // Pieces are taken in order, so this thread's next one most likely is `threads` further.
       const int64_t next = p.begin + threads * columns;
       p.next = next + columns <= n ? weight.row(next) : nullptr;
-      p.panel = static_cast<float*>(ThreadScratch(PanelBytes(k)));
       kernels.product(p);
     });
   }

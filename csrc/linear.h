@@ -1,11 +1,13 @@
 // Matrix products with a fixed order of summation, and what is built of them.
 //
 // Every sum over the inner dimension has 16 partials: partial j takes the elements k = j mod 16 in
-// rising order with fused multiply-adds; then lane j + (j + 8), + (j + 4), + (j + 2), + (j + 1). So a
-// result depends on its row and its weights alone: not on other rows, threads, tiles or CPU target.
+// rising order with fused multiply-adds; then lane j + (j + 8), + (j + 4), + (j + 2), + (j + 1). So
+// a result depends on its row and its weights alone: not on other rows, threads, tiles or CPU
+// target.
 //
 // Activations are packed first: tiles of `tile_rows` rows (the last tile may be lower), each tile
-// [k / 16][rows of the tile][16], zeros after k. One pointer walks a tile, whatever the rows' stride.
+// [k / 16][rows of the tile][16], zeros after k. One pointer walks a tile, whatever the rows'
+// stride.
 #pragma once
 
 #include <cstddef>
@@ -19,8 +21,8 @@ inline int64_t RoundUp(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// Columns are computed in panels of this many weight rows.
-inline constexpr int64_t kPanel = 16;
+// Pieces of work are a multiple of this many columns.
+inline constexpr int64_t kColumnUnit = 16;
 
 // y[t * y_stride + n - begin] = dot(x_t, weight row n) + bias[n] for rows t and n in [begin, end).
 struct Product {
@@ -33,11 +35,7 @@ struct Product {
   float* y;
   int64_t y_stride;
   const char* next;  // weight rows that will be read after these (a hint), or null
-  float* panel;      // scratch of PanelBytes()
 };
-
-// Bytes of scratch that products with inner size k need.
-size_t PanelBytes(int64_t k);
 
 struct LinearKernels {
   int tile_rows;
@@ -59,7 +57,7 @@ extern const LinearKernels kLinearAvx512;
 
 const LinearKernels& CurrentLinear();
 
-// Columns per piece of work, a multiple of kPanel, for n columns of so many weight bytes each.
+// Columns per piece of work, a multiple of kColumnUnit, for n columns of so many weight bytes each.
 int64_t PieceColumns(int64_t n, int64_t column_bytes);
 
 // Rows to pack at once, a multiple of tile_rows, so that they take about `budget` floats.

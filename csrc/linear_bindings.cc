@@ -40,7 +40,8 @@ struct ExpertArgument {
 
   // Throws ValueError unless this is an expert of width k and inner size i.
   void RequireSizes(int64_t k, int64_t i, const std::string& prefix) const {
-    const auto require = [&](const Weight& w, const char* name, int64_t n_wanted, int64_t k_wanted) {
+    const auto require = [&](const Weight& w, const char* name, int64_t n_wanted,
+                             int64_t k_wanted) {
       if (w.n == n_wanted && w.k == k_wanted) return;
       throw nb::value_error((prefix + name + " has shape [" + std::to_string(w.n) + ", " +
                              std::to_string(w.k) + "]; it must be [" + std::to_string(n_wanted) +

@@ -6,8 +6,8 @@
 // no standard library templates.
 //
 // Semantics all targets share, bit for bit: Fma rounds once, nothing else is fused; Min and Max
-// return the second operand if either is NaN; ReduceAdd and ReduceMax combine lane j with j + 8, then
-// j + 4, j + 2, j + 1.
+// return the second operand if either is NaN; ReduceAdd and ReduceMax combine lane j with j + 8,
+// then j + 4, j + 2, j + 1.
 #pragma once
 
 #include <cstdint>
@@ -56,9 +56,7 @@ SPECMOEOFF_INLINE Vec Exp(Vec x) {
 }
 
 // x / (1 + e^-x)
-SPECMOEOFF_INLINE Vec Silu(Vec x) {
-  return Div(x, Add(Set1(1.0f), Exp(Sub(Set1(0.0f), x))));
-}
+SPECMOEOFF_INLINE Vec Silu(Vec x) { return Div(x, Add(Set1(1.0f), Exp(Sub(Set1(0.0f), x)))); }
 
 }  // namespace SPECMOEOFF_TARGET
 }  // namespace specmoeoff

@@ -10,11 +10,11 @@ struct Vec {
   float lane[16];
 };
 
-#define SPECMOEOFF_LANES(expression)                   \
-  do {                                                 \
-    Vec result;                                        \
+#define SPECMOEOFF_LANES(expression)                            \
+  do {                                                          \
+    Vec result;                                                 \
     for (int j = 0; j < 16; ++j) result.lane[j] = (expression); \
-    return result;                                     \
+    return result;                                              \
   } while (0)
 
 SPECMOEOFF_INLINE float BitsToFloat(uint32_t bits) {

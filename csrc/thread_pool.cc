@@ -112,7 +112,8 @@ class Pool {
     for (;;) {
       uint64_t tickets = tickets_.load(std::memory_order_acquire);
       if (!HasPiece(tickets)) return;
-      if (!tickets_.compare_exchange_weak(tickets, tickets + 1, std::memory_order_acq_rel)) continue;
+      if (!tickets_.compare_exchange_weak(tickets, tickets + 1, std::memory_order_acq_rel))
+        continue;
       // Holding a piece, we keep its call from returning: what describes the call stays.
       const auto count = static_cast<int64_t>(tickets >> kCountBits & kCountMask);
       f_(context_, first_ + static_cast<int64_t>(tickets & kCountMask));

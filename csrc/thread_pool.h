@@ -1,8 +1,8 @@
 // The one pool of compute threads. The caller works too; pieces are handed out by a counter; a
 // thread with nothing to do spins for some tens of microseconds and then sleeps.
 //
-// Safe to call from several threads at once (calls take turns) and from inside a piece of work (runs
-// inline on the calling thread).
+// Safe to call from several threads at once (calls take turns) and from inside a piece of work
+// (runs inline on the calling thread).
 #pragma once
 
 #include <cstddef>
@@ -20,9 +20,9 @@ void SetNumThreads(int n);
 // A piece of work: `context` as given, `index` in [0, count).
 using PieceFunction = void (*)(void* context, int64_t index);
 
-// Calls f(context, i) once for every i in [0, count), in rising order of start, and returns when all
-// have returned. A piece may wait for a piece of lower index, never for a higher one.
-// f must not throw.
+// Calls f(context, i) once for every i in [0, count), in rising order of start, and returns when
+// all have returned. A piece may wait for a piece of lower index, never for a higher one. f must
+// not throw.
 void ParallelFor(int64_t count, PieceFunction f, void* context);
 
 template <class F>
@@ -42,7 +42,8 @@ void WaitUntilAtLeast(const int64_t* done, int64_t wanted);
 // whatever was left there. One user at a time: a nested use gets the same memory.
 void* ThreadScratch(size_t bytes);
 
-// The same for the thread that makes a call: memory its pieces share, distinct from ThreadScratch().
+// The same for the thread that makes a call: memory its pieces share, distinct from
+// ThreadScratch().
 void* CallScratch(size_t bytes);
 
 }  // namespace specmoeoff

@@ -6,7 +6,10 @@ out into RequestOutputs. One request that cannot run carries its error; the othe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import operator
+import reprlib
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
@@ -87,6 +90,9 @@ class LLM:
         self.default_sampling_params = SamplingParams(**sampling_defaults(directory))
         """What the checkpoint's generation_config.json recommends."""
         self._engine = build_engine(self.config)
+        self._inboxes: dict[Request, deque[Update]] = {}
+        """Where the updates of each open request go: to the run that it belongs to."""
+        self._is_closed = False
 
     @property
     def policy(self) -> Policy:
@@ -163,6 +169,7 @@ class LLM:
 
     def close(self) -> None:
         """Stop reading; the LLM cannot generate afterwards."""
+        self._is_closed = True
         self._engine.close()
 
     def __enter__(self) -> LLM:
@@ -178,10 +185,13 @@ class LLM:
 
     def _run(
         self, prompts: Iterable[Prompt], sampling_params: Params
-    ) -> Iterator[RequestOutput | Update]:
+    ) -> Generator[RequestOutput | Update, None, None]:
         """Feed prompts and step until all are done; yield refusals and updates as they come."""
+        if self._is_closed:
+            raise InvalidInputError("this LLM was closed; make a new one")
         feed = enumerate(_pairs(prompts, sampling_params or self.default_sampling_params))
-        open_requests: dict[int, Request] = {}
+        inbox: deque[Update] = deque()
+        open_requests: set[Request] = set()
         exhausted = False
         try:
             while True:
@@ -195,19 +205,32 @@ class LLM:
                     if isinstance(added, RequestOutput):
                         yield added
                     else:
-                        open_requests[id(added)] = added
-                if not self._engine.has_work:
+                        open_requests.add(added)
+                        self._inboxes[added] = inbox
+                if exhausted and not open_requests:
                     return
-                for update in self._engine.step():
-                    request = update.sequence.request
-                    if id(request) not in open_requests:
-                        continue
+                if not inbox:
+                    self._step()
+                while inbox:
+                    update = inbox.popleft()
                     if update.ends_request:
-                        del open_requests[id(request)]
+                        self._forget(update.sequence.request, open_requests)
                     yield update
         finally:
-            for request in open_requests.values():
+            for request in list(open_requests):
+                self._forget(request, open_requests)
                 self._engine.abort(request)
+
+    def _step(self) -> None:
+        """Step for every run there is: one may be going on while another one started."""
+        for update in self._engine.step():
+            inbox = self._inboxes.get(update.sequence.request)
+            if inbox is not None:
+                inbox.append(update)
+
+    def _forget(self, request: Request, open_requests: set[Request]) -> None:
+        open_requests.discard(request)
+        del self._inboxes[request]
 
     def _add(
         self, request_id: str, prompt: Prompt, params: SamplingParams
@@ -240,6 +263,11 @@ class LLM:
 
     def _tokens(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """Return a prompt's text, where it has one, and its token ids."""
+        if not isinstance(prompt, (str, Mapping)):
+            raise InvalidInputError(
+                f"a prompt is {reprlib.repr(prompt)}; it must be text, or a mapping with one of "
+                f"prompt, prompt_token_ids and messages"
+            )
         given = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
         kinds = [kind for kind in ("prompt", "prompt_token_ids", "messages") if kind in given]
         if len(kinds) != 1:
@@ -249,16 +277,26 @@ class LLM:
             )
         value = given[kinds[0]]
         if kinds[0] == "prompt_token_ids":
-            return None, list(value)
+            return None, _token_ids(value)
         if self.tokenizer is None:
             raise InvalidInputError(
                 f"{self.config.model} has no tokenizer.json: give prompt_token_ids, not {kinds[0]}"
             )
         if kinds[0] == "messages":
-            return None, self.tokenizer.apply_chat_template(value)
+            return None, self.tokenizer.apply_chat_template(value)  # type: ignore[arg-type]  # it checks
         if not isinstance(value, str):
             raise InvalidInputError(f"prompt is {value!r}; it must be text")
         return value, self.tokenizer.encode(value)
+
+
+def _token_ids(value: object) -> list[int]:
+    """Return token ids as plain integers, whatever kind of integers they came as."""
+    try:
+        return [operator.index(token_id) for token_id in value]  # type: ignore[attr-defined]
+    except TypeError:
+        raise InvalidInputError(
+            f"prompt_token_ids is {reprlib.repr(value)}; it must be a list of token ids"
+        ) from None
 
 
 def _pairs(
@@ -269,7 +307,9 @@ def _pairs(
     return zip(prompts, sampling_params, strict=False)
 
 
-def _params_list(sampling_params: Params, count: int) -> SamplingParams | list[SamplingParams] | None:
+def _params_list(
+    sampling_params: Params, count: int
+) -> SamplingParams | list[SamplingParams] | None:
     if sampling_params is None or isinstance(sampling_params, SamplingParams):
         return sampling_params
     params = list(sampling_params)

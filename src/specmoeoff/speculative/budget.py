@@ -92,8 +92,10 @@ class AdaptiveBudget:
         table.step_s[num_drafts] = (
             step_s if visits < TRIALS else known + FORGET * (step_s - known)
         )
-        self._proposed = 0.98 * self._proposed + drafted
-        self._kept = 0.98 * self._kept + accepted
+        # Only newer evidence outdates evidence: steps without drafts say nothing about drafts.
+        if drafted:
+            self._proposed = 0.98 * self._proposed + drafted
+            self._kept = 0.98 * self._kept + accepted
 
     def _table(self, num_decoding: int) -> _Table:
         return self._tables.setdefault(num_decoding.bit_length(), _Table())

@@ -15,7 +15,6 @@ from pathlib import Path
 from harness.engine_job import EngineJob, require_run
 from harness.machine import machine
 from harness.real_prompts import real_prompts
-
 from specmoeoff.demo import build_demo, cache_directory
 from specmoeoff.memory_size import format_memory_size, parse_memory_size
 

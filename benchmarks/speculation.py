@@ -19,7 +19,6 @@ from harness.engine_job import EngineJob, EngineRun, require_run
 from harness.machine import machine
 from harness.real_prompts import real_prompts
 from harness.table import number, table
-
 from specmoeoff.memory_size import parse_memory_size
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ import contextlib
 import json
 import statistics
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from harness.memory_cgroup import memory_cgroup
 from harness.read_loop import ReadLoop
 from harness.real_prompts import real_prompts
 from harness.table import number, table
-
 from specmoeoff.memory_size import parse_memory_size
 
 LOOPS = (ReadLoop(4, 4 << 20), ReadLoop(1, 1 << 20), ReadLoop(1, 4 << 20), ReadLoop(2, 4 << 20))
@@ -64,6 +64,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--max-tokens", type=int, default=2000, help="more than the rounds can generate"
     )
+    parser.add_argument("--settle-s", type=float, default=0.7, help="idle time before the loops")
     parser.add_argument("--expert-mode", default="auto", choices=("auto", "belt", "demand"))
     parser.add_argument("--no-cgroup", dest="cgroup", action="store_false")
     return parser.parse_args()
@@ -92,6 +93,8 @@ def _alternate(
                     segments, loops = [], []
                 elif loops:
                     segments.append(segment)
+                # The engine fills its buffers once more before it is really idle.
+                time.sleep(options.settle_s)
                 loops.append({loop.name: loop.bandwidth(files, options.loop_s) for loop in LOOPS})
                 if len(segments) == options.rounds:
                     break

@@ -16,6 +16,7 @@ Holds at all times: no more than ``num_slots`` slots are resident; an acquired e
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,12 @@ Tensors = Mapping[str, "NDArray[np.generic]"]
 
 MEMORY_TOKENS = 32.0
 """The routing probabilities forget with this time constant, in tokens."""
+LEAST_LOOKAHEAD = 6
+"""Experts: enough reads in flight for the disk's queue and the jitter of a layer."""
+LONGEST_GAP_S = 2.0
+"""Longer pauses are a user's, not a draft's."""
+GAP_MEMORY = 0.3
+"""Weight of the newest gap in the measured one."""
 LEAST_SHARE = 0.25
 """No expert is thought less likely than this share of the mean: routing changes with the text."""
 THRESHOLDS = {"belt": 0.0, "auto": 0.8, "demand": 2.0}
@@ -87,6 +94,8 @@ class ExpertStore:
         self._wanted = np.ones(self._total)
         self._passing = self._spread_out()
         self._cursor = 0
+        self._pass_ended = 0.0
+        self._gap_s = 0.0
 
     # -- what the engine calls ------------------------------------------------------------------
 
@@ -111,6 +120,8 @@ class ExpertStore:
         Raises:
             StreamError: An expert could not be read.
         """
+        if layer == 0:
+            self._measure_gap()
         first = layer * self.num_experts
         wanted = [first + int(e) for e in np.flatnonzero(counts)]
         self._learn(first, counts)
@@ -129,6 +140,7 @@ class ExpertStore:
             pending = pending[len(run) :]
             self._read_ahead(pending)
         self._cursor = first + self.num_experts
+        self._pass_ended = time.perf_counter()
         self._read_ahead()
 
     def resize(self, num_slots: int) -> None:
@@ -220,10 +232,23 @@ class ExpertStore:
             self._submit(int(index), urgent=False)
 
     def _window(self) -> int:
-        """Experts to look ahead: far enough to bridge drafting and jitter, see docs/offloading.md."""
-        if self._lookahead is not None:
-            return min(self._lookahead, self.num_slots - 1, self._total - 1)
-        return min(max(self.num_slots // 4, 2), self.num_slots - 1, self._total - 1)
+        """Experts to look ahead: what the link can bring while nothing is consumed, and a few more.
+
+        A longer window would cost bytes, not save time: see docs/offloading.md.
+        """
+        ahead = self._lookahead
+        if ahead is None:
+            busy_s = self._reader.stats.busy_s
+            bandwidth = self._reader.stats.bytes / busy_s if busy_s else 0.0
+            ahead = LEAST_LOOKAHEAD + math.ceil(self._gap_s * bandwidth / self.slot_bytes)
+            ahead = min(ahead, self.num_slots // 2)
+        return max(1, min(ahead, self.num_slots - 1, self._total - 1))
+
+    def _measure_gap(self) -> None:
+        """Learn how long the time between passes is, when drafts are made and tokens sampled."""
+        if self._pass_ended:
+            gap_s = time.perf_counter() - self._pass_ended
+            self._gap_s += GAP_MEMORY * (min(gap_s, LONGEST_GAP_S) - self._gap_s)
 
     def _submit(self, index: int, urgent: bool) -> None:
         layout = self._layouts[index]

@@ -92,10 +92,10 @@ class ExpertStore:
         self._held: list[int] = []
         self._per_token = np.full(self._total, experts_per_token / self.num_experts)
         self._wanted = np.ones(self._total)
-        self._passing = self._spread_out()
         self._cursor = 0
         self._pass_ended = 0.0
         self._gap_s = 0.0
+        self._passing = self._spread_out()
 
     # -- what the engine calls ------------------------------------------------------------------
 

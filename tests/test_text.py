@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import tokenizers
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import (
     AddedToken,
@@ -157,15 +157,17 @@ def grow(
 
 def whole_text(tokenizer: Tokenizer, prompt: list[int], output: list[int], skip: bool) -> str:
     """Return the text that the output adds to the prompt, by decoding everything twice."""
-    before = tokenizer.decode(prompt, skip)
+    shown = [i for i in prompt if not tokenizer.is_silent(i, skip)]
+    before = tokenizer.decode(shown, False)
+    # What the prompt has for certain: all but the bytes of a character that is not complete.
+    certain = shown
+    while len(shown) - len(certain) < 3 and certain and certain[-1] in tokenizer.byte_ids:
+        if not tokenizer.decode(certain, False).endswith("�"):
+            break
+        certain = certain[:-1]
+    num_given = len(tokenizer.decode(certain, False).removesuffix("�"))
     text = tokenizer.decode([*prompt, *output], skip)
-    last = [i for i in prompt if not tokenizer.is_silent(i, skip)][-1:]
-    open_end = before.rstrip("�") if last and last[0] in tokenizer.byte_ids else before
-    if before.endswith("�") and open_end == before:
-        open_end = before[:-1]
-    held = before[len(open_end) :]
-    rest = text[len(open_end) :]
-    return rest.removeprefix(held) if held else rest
+    return text[num_given:].removeprefix(before[num_given:])
 
 
 @st.composite
@@ -180,6 +182,7 @@ def runs(draw: st.DrawFn) -> tuple[Tokenizer, list[int], list[int]]:
     return tokenizer, prompt, draw(st.lists(token, max_size=80))
 
 
+@settings(max_examples=300)
 @given(runs(), st.booleans(), st.lists(st.integers(0, 9), max_size=20))
 def test_increments_add_up_to_the_whole(
     run: tuple[Tokenizer, list[int], list[int]], skip: bool, sizes: list[int]
@@ -223,6 +226,24 @@ def test_a_prompt_cut_within_a_character_gives_it_to_the_output() -> None:
         ids = tokenizer.encode("a🐢b")
         increments, _, _ = grow(tokenizer, ids[:-2], ids[-2:])
         assert "".join(increments) == "🐢b"
+
+
+def test_a_prompt_may_end_in_a_long_run_of_bytes() -> None:
+    tokenizer = build("sentencepiece")
+    ids = tokenizer.encode("a🐢🐢🐢🐢🐢b")
+    for cut in range(2, len(ids)):
+        increments, _, _ = grow(tokenizer, ids[:cut], ids[cut:])
+        # Only complete characters belong to the prompt.
+        num_bytes = cut - ids.index(tokenizer.encode("a")[-1]) - 1
+        assert "".join(increments) == "🐢" * (5 - num_bytes // 4) + "b"
+
+
+def test_ids_without_a_token_leave_no_trace() -> None:
+    tokenizer = build("sentencepiece")
+    the, dog = (tokenizer._backend.token_to_id(piece) for piece in ("▁the", "▁dog"))
+    padding = [tokenizer.vocab_size + 7] * 20
+    assert "".join(grow(tokenizer, [], [the, *padding, dog])[0]) == "the dog"
+    assert "".join(grow(tokenizer, [the, *padding], [dog])[0]) == " dog"
 
 
 def test_the_first_space_depends_on_the_prompt() -> None:
@@ -319,6 +340,14 @@ def test_stop_strings_wait_for_the_minimum_length() -> None:
     assert grow(tokenizer, [], ids, stop="ab", min_tokens=1)[1:] == (2, "ab")
     increments, used, _ = grow(tokenizer, [], ids, stop="ab", min_tokens=6)
     assert ("".join(increments), used) == ("ab-ab-", 8)
+
+
+def test_what_was_held_back_before_the_minimum_is_not_searched_again() -> None:
+    finder = StopStrings(["ab", "xaby"], include_in_output=False)
+    assert finder.release("xab", may_stop=False) == ("", None)
+    assert finder.release("z", may_stop=True) == ("xabz", None)
+    assert finder.release("xab", may_stop=False) == ("", None)
+    assert finder.release("y", may_stop=True) == ("", "xaby")
 
 
 def test_a_stop_string_in_what_was_held_back_is_cut_too() -> None:

@@ -190,13 +190,10 @@ class _GrowingText:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._window = self._tail(prompt_token_ids)
-        text = self._decode()
-        in_bytes = bool(self._window) and self._window[-1] in tokenizer.byte_ids
-        held = len(text) - len(text.rstrip(_REPLACEMENT)) if in_bytes else _num_held(text)
-        self._num_given = len(text) - held
+        self._num_given = self._num_complete()
         # The prompt may end within a character. If the output does not complete it, it is the
         # prompt's alone.
-        self._prompt_held = text[self._num_given :]
+        self._prompt_held = self._decode()[self._num_given :]
 
     def append(self, token_id: int) -> str:
         """Add a token and return the text that can no longer change."""
@@ -226,6 +223,20 @@ class _GrowingText:
                 begin += len(self._prompt_held)
             self._prompt_held = ""
         return text[begin:end]
+
+    def _num_complete(self) -> int:
+        """Return the characters of the window without one that is not complete yet."""
+        complete = list(self._window)
+        # An incomplete character has three bytes at most; in a run of byte tokens it would take
+        # the complete ones before it with it.
+        for _ in range(3):
+            if not complete or complete[-1] not in self._tokenizer.byte_ids:
+                break
+            if not self._tokenizer.decode(complete, False).endswith(_REPLACEMENT):
+                break
+            complete.pop()
+        text = self._tokenizer.decode(complete, skip_special_tokens=False)
+        return len(text) - _num_held(text)
 
     def _tail(self, token_ids: Sequence[int]) -> list[int]:
         """Return the last tokens that have text: enough of them, and no part of a run of bytes."""

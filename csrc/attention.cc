@@ -123,8 +123,8 @@ void AppendHead(const AppendCall& call, int head) {
     const int64_t from = (t * call.num_kv_heads + head) * head_dim;
     const int64_t in_page = head * head_dim * page_size;
     T* const k = static_cast<T*>(call.key_pages) + page * call.key_page_stride + in_page + at;
-    T* const v = static_cast<T*>(call.value_pages) + page * call.value_page_stride + in_page +
-                 at * head_dim;
+    T* const v =
+        static_cast<T*>(call.value_pages) + page * call.value_page_stride + in_page + at * head_dim;
     for (int64_t d = 0; d < head_dim; ++d) Put(call.keys[from + d], k[d * page_size]);
     for (int64_t d = 0; d < head_dim; ++d) Put(call.values[from + d], v[d]);
   }
@@ -165,7 +165,8 @@ uint64_t VisibleTokens(const AttentionCall& call, int sequence, int query, int64
 int64_t AttentionScratchFloats(int head_dim, int num_rows) {
   const int64_t padded = AttentionPaddedDim(head_dim);
   const int64_t rows = (num_rows + 15) / 16 * 16;
-  return rows * (3 * padded + kAttentionBlock + 2 * 16 + 8) + kAttentionBlock * (2 * padded + 16);
+  return rows * (3 * padded + 2 * kAttentionBlock + 2 * 16 + 8) +
+         kAttentionBlock * (2 * padded + 16);
 }
 
 void ChunkedAttention(const AttentionCall& call, int num_sequences) {

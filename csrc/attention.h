@@ -8,8 +8,8 @@
 // kBlock tokens aligned at position 0. A score is a chain of fused multiply-adds over d = 0, 1, ...
 // An output element is a chain over visible tokens in rising order. The softmax sum has 16 partials
 // (token mod 16), combined as (j, j+8), (j, j+4), (j, j+2), (j, j+1). The running maximum, sum and
-// output restart every kRange tokens, and the ranges are combined in rising order. Page size, number
-// of queries, tiling, batch mates, threads and CPU target change none of this.
+// output restart every kRange tokens, and the ranges are combined in rising order. Page size,
+// number of queries, tiling, batch mates, threads and CPU target change none of this.
 #pragma once
 
 #include <cstddef>
@@ -24,21 +24,21 @@ inline constexpr int kAttentionMaxHeadDim = 1024;
 inline constexpr int kAttentionMaxRows = 128;
 
 struct AttentionCall {
-  const float* q;     // [T, H, D]
-  float* out;         // [T, H, D]
-  const void* keys;   // [num_pages, G, D, P]: token-minor, so scores need no horizontal sums
-  const void* values; // [num_pages, G, P, D]
-  int64_t key_page_stride;    // elements from one page to the next
+  const float* q;           // [T, H, D]
+  float* out;               // [T, H, D]
+  const void* keys;         // [num_pages, G, D, P]: token-minor, so scores need no horizontal sums
+  const void* values;       // [num_pages, G, P, D]
+  int64_t key_page_stride;  // elements from one page to the next
   int64_t value_page_stride;
-  bool is_bfloat16;           // element type of keys and values: bfloat16 or float32
-  const int32_t* page_tables; // [B, table_width], entries below ceil(kv_len / P) are valid pages
+  bool is_bfloat16;            // element type of keys and values: bfloat16 or float32
+  const int32_t* page_tables;  // [B, table_width], entries below ceil(kv_len / P) are valid pages
   int64_t table_width;
-  const int32_t* q_offsets;   // [B + 1], rising
-  const int32_t* kv_lens;     // [B], at least the sequence's number of queries
+  const int32_t* q_offsets;  // [B + 1], rising
+  const int32_t* kv_lens;    // [B], at least the sequence's number of queries
   int num_heads;
   int num_kv_heads;
   int head_dim;
-  int page_size;              // a multiple of 16
+  int page_size;  // a multiple of 16
   double scale;
   double softcap;             // 0: none
   int64_t sliding_window;     // 0: none

@@ -1,4 +1,5 @@
-// chunked_attention and append_kv as Python sees them: checks every argument, then runs without the GIL.
+// chunked_attention and append_kv as Python sees them: checks every argument, then runs without the
+// GIL.
 #include <nanobind/nanobind.h>
 
 #include <cmath>
@@ -59,12 +60,14 @@ void CheckSequences(const AttentionCall& call, const Pages& pages, int64_t num_s
     const int64_t n = int64_t{call.q_offsets[b + 1]} - call.q_offsets[b];
     const int64_t kv_len = call.kv_lens[b];
     if (n < 0) Refuse("q_offsets must not fall");
-    if (n > 0 && call.q_offsets[b + 1] > num_tokens) Refuse("q_offsets must end with T, the rows of q");
+    if (n > 0 && call.q_offsets[b + 1] > num_tokens)
+      Refuse("q_offsets must end with T, the rows of q");
     if (kv_len < n) {
       Refuse("kv_lens" + where + " is " + std::to_string(kv_len) + ", less than its " +
              std::to_string(n) + " queries");
     }
-    if (call.tree_mask && n > 64) Refuse("tree_mask allows 64 queries; q_offsets gives more" + where);
+    if (call.tree_mask && n > 64)
+      Refuse("tree_mask allows 64 queries; q_offsets gives more" + where);
     const int64_t used = (kv_len + pages.page_size - 1) / pages.page_size;
     if (used > call.table_width) Refuse("page_tables is too narrow for kv_lens" + where);
     for (int64_t i = 0; n > 0 && i < used; ++i) {
@@ -75,7 +78,8 @@ void CheckSequences(const AttentionCall& call, const Pages& pages, int64_t num_s
       }
     }
   }
-  if (call.q_offsets[num_sequences] != num_tokens) Refuse("q_offsets must end with T, the rows of q");
+  if (call.q_offsets[num_sequences] != num_tokens)
+    Refuse("q_offsets must end with T, the rows of q");
 }
 
 void CheckNumbers(double scale, int64_t sliding_window, double softcap) {

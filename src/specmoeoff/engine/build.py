@@ -1,4 +1,4 @@
-"""Builds an engine from a configuration: plan, then weights, then whatever is left becomes slots."""
+"""Builds an engine from a configuration: plan, weights, then whatever is left becomes slots."""
 
 from __future__ import annotations
 
@@ -51,7 +51,12 @@ def build_engine(config: EngineConfig) -> Engine:
         draft = _draft_forward(config.speculative, config, draft_files, weights, plan)
         caches.append(draft.kv)
         shared_bytes = draft.shared_bytes
-        drafter = ModelDrafter(draft, draft_files.model.config.max_position_embeddings)
+        drafter = ModelDrafter(
+            draft,
+            draft_files.model.config.max_position_embeddings,
+            plan.policy.max_num_batched_tokens,
+            plan.distribution_bytes,
+        )
     elif config.speculative is not None:
         drafter = NgramDrafting(config.speculative)
     elastic_bytes = plan.elastic_bytes + shared_bytes

@@ -7,7 +7,6 @@ and tokens; text comes in and goes out through llm.py.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,6 +23,8 @@ from specmoeoff.speculative.drafter import DraftRequest, Proposal
 from specmoeoff.speculative.verify import Verification, truncate_at_stop
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from specmoeoff.config import ModelConfig, Policy
     from specmoeoff.offload.elastic import ElasticMemory
     from specmoeoff.offload.expert_store import ExpertStore
@@ -108,9 +109,7 @@ class Engine:
                 default_seed=(self._parts.seed, self._num_requests),
                 sample_index=index,
             )
-            sequence = Sequence(
-                request, index, sampler, make_detokenizer(), list(prompt_token_ids)
-            )
+            sequence = Sequence(request, index, sampler, make_detokenizer(), list(prompt_token_ids))
             request.sequences.append(sequence)
             self._scheduler.add(sequence)
         self._num_requests += 1

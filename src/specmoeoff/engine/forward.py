@@ -7,7 +7,6 @@ it does not matter who else is in the batch or how a prompt is cut.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,13 +15,14 @@ import numpy as np
 from specmoeoff import kernels
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
     from numpy.typing import NDArray
 
     from specmoeoff.engine.weights import ModelWeights
     from specmoeoff.kernels import Weight
     from specmoeoff.models.base import Model
     from specmoeoff.offload.kv_cache import KvCache, KvSequence
-
 
 
 class ExpertSource(Protocol):
@@ -33,7 +33,7 @@ class ExpertSource(Protocol):
 
     def serve(
         self, layer: int, counts: NDArray[np.int64]
-    ) -> Iterator[list[tuple[int, Mapping[str, Weight]]]]:
+    ) -> Iterator[Sequence[tuple[int, Mapping[str, Weight]]]]:
         """Yield the experts with a count, rising, in runs of (expert, gate/up/down)."""
 
 
@@ -48,7 +48,7 @@ class ResidentExperts:
 
     def serve(
         self, layer: int, counts: NDArray[np.int64]
-    ) -> Iterator[list[tuple[int, Mapping[str, Weight]]]]:
+    ) -> Iterator[Sequence[tuple[int, Mapping[str, Weight]]]]:
         """Yield all wanted experts at once."""
         yield [(int(e), self._experts[layer][int(e)]) for e in np.flatnonzero(counts)]
 

@@ -32,6 +32,12 @@ LOGIT_ROWS = 64
 """Rows of logits that exist at once; verification goes over a step's rows in such groups."""
 STEP_TOKENS = (4096, 2048, 1024, 512, 256, 128, 64, 32)
 """Step budgets that are tried, largest first: a pass costs its stream whatever rides on it."""
+DISTRIBUTIONS = "draft distributions"
+DISTRIBUTION_ROWS = 128
+"""Most drafts sampled from the whole vocabulary that wait for verification at once; what top_k or
+top_p left is small, and greedy drafts have none."""
+PAGE_TOKENS = 32
+"""Tokens in a page of a KV cache."""
 ACTIVATION_SHARE = 0.08
 """Share of the budget that activations may take when the step budget is ours to choose."""
 
@@ -46,6 +52,8 @@ class MemoryPlan:
     draft_page_bytes: int
     kv_pages: int
     """Most pages the target's cache can ever have."""
+    distribution_bytes: int
+    """What the distributions that drafts were drawn from may take until they are verified."""
 
 
 def plan_memory(config: EngineConfig) -> Policy:
@@ -73,28 +81,23 @@ def make_plan(config: EngineConfig, target: ModelFiles, draft: ModelFiles | None
     """Split the budget between the named parts."""
     memory = config.memory or default_memory()
     model = target.model.config
-    max_num_seqs = config.max_num_seqs
-    step_tokens = _step_tokens(config, model, memory)
-    parts = [
-        ("runtime", max(RUNTIME_FLOOR, resident_bytes()) + RUNTIME_MARGIN),
-        ("target dense weights", target.dense_bytes(Loader(target.checkpoint))),
-        ("activations", activation_bytes(model, step_tokens)),
-    ]
-    draft_page = 0
-    if draft is not None and config.speculative is not None:
-        loader = Loader(draft.checkpoint, to_int8=config.speculative.draft_weight_dtype == "int8")
-        parts.append(("draft weights", draft.dense_bytes(loader) + draft.expert_bytes(loader)))
-        draft_page = _page_bytes(draft.model.config, config)
+    model_len = min(
+        config.max_model_len or model.max_position_embeddings, model.max_position_embeddings
+    )
     slot = max(layout.num_bytes for layer in target.expert_layouts() for layout in layer)
     page = _page_bytes(model, config)
+    draft_page = _page_bytes(draft.model.config, config) if draft is not None else 0
+    least_slots = MIN_SLOTS * slot
+    least_kv = -(-min(MIN_KV_TOKENS, model_len) // PAGE_TOKENS) * (page + draft_page)
+    parts = _weights(config, target, draft)
+    room = memory - sum(num_bytes for _, num_bytes in parts) - least_slots - least_kv
+    step_tokens, held = _step(config, model, draft, min(room, int(ACTIVATION_SHARE * memory)))
+    parts += held
     elastic = memory - sum(num_bytes for _, num_bytes in parts)
-    model_len = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
-    least_pages = -(-min(MIN_KV_TOKENS, model_len) // 32)
-    least = MIN_SLOTS * slot + least_pages * (page + draft_page)
-    if elastic < least:
-        raise _too_small(memory, parts, MIN_SLOTS * slot, least - MIN_SLOTS * slot)
-    pages = (elastic - MIN_SLOTS * slot) // (page + draft_page)
-    wanted_pages = max_num_seqs * (-(-model_len // 32) + 1)
+    if elastic < least_slots + least_kv:
+        raise _too_small(memory, parts, least_slots, least_kv)
+    pages = (elastic - least_slots) // (page + draft_page)
+    wanted_pages = config.max_num_seqs * (-(-model_len // PAGE_TOKENS) + 1)
     total_experts = model.num_layers * target.model.num_ffn_experts
     parts.append(("expert slots and KV cache", elastic))
     return MemoryPlan(
@@ -104,14 +107,15 @@ def make_plan(config: EngineConfig, target: ModelFiles, draft: ModelFiles | None
             num_expert_slots=min(elastic // slot, total_experts),
             min_expert_slots=MIN_SLOTS,
             expert_slot_bytes=slot,
-            max_num_seqs=max_num_seqs,
+            max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=step_tokens,
-            max_model_len=min(model_len, pages * 32),
+            max_model_len=min(model_len, pages * PAGE_TOKENS),
         ),
         elastic_bytes=elastic,
         page_bytes=page,
         draft_page_bytes=draft_page,
         kv_pages=max(1, min(pages, wanted_pages)),
+        distribution_bytes=dict(held).get(DISTRIBUTIONS, 0),
     )
 
 
@@ -119,7 +123,7 @@ def activation_bytes(model: ModelConfig, num_tokens: int) -> int:
     """Return the bytes a step of ``num_tokens`` holds at its peak, logits included.
 
     Float32 per token: the residual stream, its norm and the embedding (3 hidden), queries, keys,
-    values and the attention output, and the expert's intermediate activations with its gathered rows.
+    values and the attention output, and the intermediate activations of experts with their rows.
     """
     heads = 3 * model.num_heads + 4 * model.num_kv_heads
     per_token = 4 * model.hidden_size + heads * model.head_dim + 2 * model.intermediate_size
@@ -127,22 +131,51 @@ def activation_bytes(model: ModelConfig, num_tokens: int) -> int:
     return 4 * (num_tokens * per_token + logits)
 
 
-def _step_tokens(config: EngineConfig, model: ModelConfig, memory: int) -> int:
-    if config.max_num_batched_tokens is not None:
-        return config.max_num_batched_tokens
-    for tokens in STEP_TOKENS:
-        if activation_bytes(model, tokens) <= ACTIVATION_SHARE * memory:
-            return tokens
-    return STEP_TOKENS[-1]
+def _weights(
+    config: EngineConfig, target: ModelFiles, draft: ModelFiles | None
+) -> list[tuple[str, int]]:
+    """Return what is there whatever a step does: the runtime and what is loaded once."""
+    parts = [
+        ("runtime", max(RUNTIME_FLOOR, resident_bytes()) + RUNTIME_MARGIN),
+        ("target dense weights", target.dense_bytes(Loader(target.checkpoint))),
+    ]
+    if draft is not None and config.speculative is not None:
+        loader = Loader(draft.checkpoint, to_int8=config.speculative.draft_weight_dtype == "int8")
+        parts.append(("draft weights", draft.dense_bytes(loader) + draft.expert_bytes(loader)))
+    return parts
+
+
+def _step(
+    config: EngineConfig, model: ModelConfig, draft: ModelFiles | None, room: int
+) -> tuple[int, list[tuple[str, int]]]:
+    """Return a step's token budget, the largest that fits ``room`` if free, and what it holds."""
+    asked = config.max_num_batched_tokens
+    choices = STEP_TOKENS if asked is None else (asked,)
+    for tokens in choices:
+        held = _step_parts(config, model, draft, tokens)
+        if sum(num_bytes for _, num_bytes in held) <= room:
+            break
+    return tokens, held
+
+
+def _step_parts(
+    config: EngineConfig, model: ModelConfig, draft: ModelFiles | None, tokens: int
+) -> list[tuple[str, int]]:
+    """Return what a step of so many tokens holds beside weights and KV."""
+    passes = [model] if draft is None else [model, draft.model.config]
+    held = [("activations", max(activation_bytes(each, tokens) for each in passes))]
+    if draft is not None and config.speculative is not None:
+        # Every draft token takes a row of the step, so there are no more of them than tokens.
+        rows = min(config.max_num_seqs * config.speculative.num_speculative_tokens, tokens)
+        held.append((DISTRIBUTIONS, 4 * model.vocab_size * min(rows, DISTRIBUTION_ROWS)))
+    return held
 
 
 def _page_bytes(model: ModelConfig, config: EngineConfig) -> int:
     return page_bytes(model.num_layers, model.num_kv_heads, model.head_dim, config.kv_dtype)
 
 
-def _too_small(
-    memory: int, parts: list[tuple[str, int]], slots: int, kv: int
-) -> DoesNotFitError:
+def _too_small(memory: int, parts: list[tuple[str, int]], slots: int, kv: int) -> DoesNotFitError:
     needs = [*parts, (f"{MIN_SLOTS} expert slots", slots), ("smallest KV cache", kv)]
     total = sum(num_bytes for _, num_bytes in needs)
     sums = " + ".join(f"{name} {format_memory_size(num_bytes)}" for name, num_bytes in needs)
@@ -160,7 +193,7 @@ def default_memory() -> int:
 
 
 def cgroup_limit() -> int | None:
-    """Return the memory limit of this process's cgroup in bytes, version 1 or 2; None if unlimited."""
+    """Return the memory limit of this process's cgroup (version 1 or 2) in bytes, if it has one."""
     limits = []
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)

@@ -56,7 +56,9 @@ class Loader:
         if spec.widen:
             tensor = np.ascontiguousarray(kernels.widen(tensor))
             if not np.isfinite(tensor).all():
-                raise CheckpointError(f"{ref.file}: tensor {spec.name!r} has NaN or infinite values")
+                raise CheckpointError(
+                    f"{ref.file}: tensor {spec.name!r} has NaN or infinite values"
+                )
             return tensor
         for known in self._known.get((tensor.shape, tensor.dtype.str), ()):
             # The first row settles nearly every comparison.

@@ -89,9 +89,7 @@ class AdaptiveBudget:
         table.visits[num_drafts] = visits + 1
         known = table.step_s.get(num_drafts, step_s)
         # The first step of a kind also pays for what the caches do not hold yet.
-        table.step_s[num_drafts] = (
-            step_s if visits < TRIALS else known + FORGET * (step_s - known)
-        )
+        table.step_s[num_drafts] = step_s if visits < TRIALS else known + FORGET * (step_s - known)
         # Only newer evidence outdates evidence: steps without drafts say nothing about drafts.
         if drafted:
             self._proposed = 0.98 * self._proposed + drafted

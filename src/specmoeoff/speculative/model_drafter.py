@@ -7,24 +7,23 @@ sequences in one batch. Drafts that the target rejected are truncated when it ne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
-
-import numpy as np
 
 from specmoeoff.offload.kv_cache import KvCache, KvSequence
 from specmoeoff.speculative.drafter import DraftRequest, Proposal
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import numpy as np
     from numpy.typing import NDArray
 
-MAX_CATCH_UP_TOKENS = 512
-"""Rows of one catch-up pass: bounds the draft's activations, as the step's budget does the target's."""
 
-
+MAX_LOGIT_ROWS = 64
 USUAL_UNREAD = 2
-"""Tokens committed since the last proposal when all of it was accepted; they ride on the first pass."""
+"""Tokens committed since a proposal that was wholly accepted; they ride on the first pass."""
 
 
 class DraftForward(Protocol):
@@ -49,18 +48,34 @@ class _State:
 
 
 class ModelDrafter:
-    """A drafter that runs a model; sequences without room in its KV cache go undrafted."""
+    """A drafter that runs a model; sequences without room in its KV cache go undrafted.
 
-    def __init__(self, forward: DraftForward, max_model_len: int) -> None:
+    Args:
+        forward: The draft model.
+        max_model_len: Longest sequence it can read.
+        max_rows: Most tokens of one of its passes, which bounds its activations.
+        max_distribution_bytes: What the distributions of one step's proposals may take; at the
+            limit, sampled sequences get fewer drafts.
+    """
+
+    def __init__(
+        self,
+        forward: DraftForward,
+        max_model_len: int,
+        max_rows: int = 512,
+        max_distribution_bytes: int = sys.maxsize,
+    ) -> None:
         self._forward = forward
         self._max_model_len = max_model_len
+        self._max_rows = max_rows
+        self._max_distribution_bytes = max_distribution_bytes
         self._states: dict[int, _State] = {}
 
     def prefill(self, requests: Sequence[DraftRequest], num_tokens: Sequence[int]) -> None:
         """Read prompts alongside the target, so that the first proposal need not."""
         work = []
         for request, upto in zip(requests, num_tokens, strict=True):
-            state = self._state(request, upto)
+            state = self._state(request, upto) if upto <= self._max_model_len else None
             if state is not None:
                 work.append((state, request.token_ids[state.kv.length : upto]))
         self._read(work)
@@ -81,6 +96,7 @@ class ModelDrafter:
         self._read(behind)
         rows = [self._unread(requests[i]) for i in live]
         choosers = {i: requests[i].sampler.fork() for i in live}
+        held_bytes = 0
         while live:
             hidden = self._forward.run_tokens(
                 [
@@ -88,14 +104,20 @@ class ModelDrafter:
                     for i, row in zip(live, rows, strict=True)
                 ]
             )
-            logits = self._forward.logits(hidden)
-            for i, row, scores in zip(live, rows, logits, strict=True):
+            going = []
+            for i, row, scores in zip(live, rows, self._scores(hidden), strict=True):
                 self._states[requests[i].key].seen.extend(row)
-                token, distribution = choosers[i].draw(scores)
-                choosers[i].observe(token)
+                chooser = choosers[i]
+                if not chooser.greedy and held_bytes + scores.nbytes > self._max_distribution_bytes:
+                    continue
+                token, distribution = chooser.draw(scores)
+                chooser.observe(token)
                 proposals[i].token_ids.append(token)
                 proposals[i].distributions.append(distribution)
-            live = [i for i in live if len(proposals[i].token_ids) < requests[i].num_tokens]
+                held_bytes += distribution.nbytes if distribution is not None else 0
+                if len(proposals[i].token_ids) < requests[i].num_tokens:
+                    going.append(i)
+            live = going
             rows = [proposals[i].token_ids[-1:] for i in live]
         return proposals
 
@@ -104,6 +126,11 @@ class ModelDrafter:
         state = self._states.pop(key, None)
         if state is not None:
             self._forward.kv.free(state.kv)
+
+    def _scores(self, hidden: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
+        """Yield the logits of each hidden state, [V], computed for a bounded number at a time."""
+        for at in range(0, len(hidden), MAX_LOGIT_ROWS):
+            yield from self._forward.logits(hidden[at : at + MAX_LOGIT_ROWS])
 
     def _state(self, request: DraftRequest, upto: int) -> _State | None:
         """Return the sequence's state with room for ``upto`` tokens, rejected drafts truncated."""
@@ -121,13 +148,13 @@ class ModelDrafter:
     def _read(self, work: Sequence[tuple[_State, Sequence[int]]]) -> None:
         """Read tokens of several sequences in passes of bounded size."""
         batch: list[tuple[KvSequence, Sequence[int], int]] = []
-        room = MAX_CATCH_UP_TOKENS
+        room = self._max_rows
         for state, tokens in work:
-            for at in range(0, len(tokens), MAX_CATCH_UP_TOKENS):
-                chunk = tokens[at : at + MAX_CATCH_UP_TOKENS]
+            for at in range(0, len(tokens), self._max_rows):
+                chunk = tokens[at : at + self._max_rows]
                 if len(chunk) > room:
                     self._forward.run_tokens(batch)
-                    batch, room = [], MAX_CATCH_UP_TOKENS
+                    batch, room = [], self._max_rows
                 batch.append((state.kv, chunk, 0))
                 room -= len(chunk)
                 state.seen.extend(chunk)

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specmoeoff.errors import CheckpointError
+from specmoeoff.penalties import adjust
 from specmoeoff.sampling import (
     Distribution,
     SequenceSampler,
-    adjust,
     draw_index,
     generator,
     logprobs,

@@ -77,7 +77,8 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("stop", ["a", 3], "not empty"),
     ("stop_token_ids", "12", "a list of token ids"),
     ("stop_token_ids", 12, "a list of token ids"),
-    ("stop_token_ids", [1, -3], "an integer, at least 0"),
+    ("stop_token_ids", [1, -3], "an integer, 0 to 2147483647"),
+    ("stop_token_ids", [2**31], "an integer, 0 to 2147483647"),
     ("stop_token_ids", [True], "an integer"),
 ]
 

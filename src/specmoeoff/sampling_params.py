@@ -101,7 +101,7 @@ class SamplingParams:
         ):
             raise _refusal("stop_token_ids", self.stop_token_ids, "a list of token ids")
         for token_id in self.stop_token_ids or ():
-            _check_int("an entry of stop_token_ids", token_id, 0)
+            _check_int("an entry of stop_token_ids", token_id, 0, 2**31 - 1)
 
     def _check_together(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:

@@ -1,9 +1,9 @@
 """Chooses the draft length of each step: what was asked, or what measures fastest, zero included.
 
-Goodput of draft length k is tokens per second: (1 + a + a^2 + ... + a^k) / T(k), with a the measured
-chance that a draft token is accepted and T(k) the measured time of a step that drafts k. Both ends,
-0 and the most allowed, are tried first; T in between is interpolated until it has been seen. Times
-depend on how many sequences decode, so each power of two of them has its own table.
+Goodput of draft length k is tokens per second: (1 + a + a^2 + ... + a^k) / T(k), with a the
+measured chance that a draft token is accepted and T(k) the measured time of a step that drafts k.
+Both ends, 0 and the most allowed, are tried first; T in between is interpolated until it has been
+seen. Times depend on how many sequences decode, so each power of two of them has its own table.
 """
 
 from __future__ import annotations

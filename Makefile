@@ -27,13 +27,15 @@ bench: build
 build: $(VENV)/.dev
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
 
-# The kernel tests with AddressSanitizer and UndefinedBehaviorSanitizer.
+# The kernel tests with AddressSanitizer and UndefinedBehaviorSanitizer. `-S` leaves the editable
+# install aside, so that the module under build/ is the one imported.
 asan: build
-	$(BIN)/cmake -S . -B build/asan -G Ninja -DCMAKE_BUILD_TYPE=Debug -DSPECMOEOFF_SANITIZE=ON \
-	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
-	$(BIN)/cmake --build build/asan
-	SPECMOEOFF_NATIVE=build/asan LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest -p no:cacheprovider tests/test_kernels_*.py
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps --upgrade --target build/asan-site \
+	  -Cbuild-dir=build/asan -Ccmake.define.SPECMOEOFF_SANITIZE=ON .
+	PYTHONPATH=build/asan-site:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 \
+	  $(BIN)/python -S -m pytest -p no:cacheprovider tests/test_kernels_*.py
 
 $(VENV)/.created:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

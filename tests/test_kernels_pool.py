@@ -1,0 +1,97 @@
+"""The thread pool and the choice of CPU target, as Python sees them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from specmoeoff import kernels
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(autouse=True)
+def _restore_settings() -> Iterator[None]:
+    target, threads = kernels.cpu_target(), kernels.num_threads()
+    yield
+    kernels.use_cpu_target(target)
+    kernels.set_num_threads(threads)
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def test_starts_with_the_cpus_of_this_process() -> None:
+    done = run_python("from specmoeoff import kernels; print(kernels.num_threads())")
+    assert int(done.stdout) == len(os.sched_getaffinity(0))
+
+
+def test_two_threads_call_at_once_and_both_are_right() -> None:
+    rng = np.random.default_rng(0)
+    xs = rng.standard_normal((4, 37, 300)).astype(np.float32)
+    weight = rng.standard_normal((200, 300)).astype(np.float32)
+    want = [kernels.linear(x, weight) for x in xs]
+    wrong: list[int] = []
+
+    def call(i: int) -> None:
+        results = [kernels.linear(xs[i], weight) for _ in range(60)]
+        wrong.extend(i for result in results if not np.array_equal(result, want[i]))
+
+    callers = [threading.Thread(target=call, args=(i,)) for i in range(4)]
+    for caller in callers:
+        caller.start()
+    for n in (1, 4, 2, 3):
+        kernels.set_num_threads(n)
+    for caller in callers:
+        caller.join()
+    assert wrong == []
+
+
+def test_the_number_of_threads_can_change() -> None:
+    x, w = np.ones((3, 64), np.float32), np.ones((256, 64), np.float32)
+    for n in (1, 5, 2, 3):
+        kernels.set_num_threads(n)
+        assert kernels.num_threads() == n
+        assert (kernels.linear(x, w) == 64).all()
+
+
+def test_leaves_cleanly_with_threads_asleep() -> None:
+    done = run_python(
+        "import numpy as np\n"
+        "from specmoeoff import kernels\n"
+        "kernels.set_num_threads(3)\n"
+        "kernels.linear(np.ones((64, 512), np.float32), np.ones((512, 512), np.float32))\n"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_targets_are_listed_and_chosen() -> None:
+    targets = kernels.cpu_targets()
+    assert targets[0] == "scalar"
+    for target in targets:
+        kernels.use_cpu_target(target)
+        assert kernels.cpu_target() == target
+
+
+def test_the_environment_chooses_a_target() -> None:
+    code = "from specmoeoff import kernels; print(kernels.cpu_target())"
+    assert run_python(code, SPECMOEOFF_CPU_TARGET="scalar").stdout == "scalar\n"
+    refused = run_python(code, SPECMOEOFF_CPU_TARGET="pentium")
+    assert refused.returncode != 0
+    assert "SPECMOEOFF_CPU_TARGET is 'pentium'" in refused.stderr
+    assert "scalar" in refused.stderr

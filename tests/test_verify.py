@@ -18,7 +18,7 @@ from specmoeoff.speculative.verify import judge, truncate_at_stop, verify_sequen
 
 VOCAB_SIZE = 5
 LENGTH = 3
-NUM_DRAWS = 600
+NUM_DRAWS = 800
 Model = Callable[[Sequence[int]], np.ndarray]
 """Tokens of output so far -> logits of the next, [V]."""
 

@@ -121,7 +121,7 @@ def expert_specs(model: Model) -> Iterator[TensorSpec]:
 
 
 def _are_equal(a: Matrix, b: Matrix) -> bool:
-    """Whether two matrices of one shape are equal; the first rows settle nearly every comparison."""
+    """Whether two matrices of one shape are equal; the first block settles nearly every case."""
     # In blocks, because a whole comparison takes a byte for each element at once.
     blocks = range(0, len(a), COMPARED_ROWS)
     return all(np.array_equal(a[i : i + COMPARED_ROWS], b[i : i + COMPARED_ROWS]) for i in blocks)

@@ -14,6 +14,8 @@ namespace {
 
 // With fewer items than this per thread the KV ranges become items of their own.
 constexpr int kItemsPerThread = 4;
+// Results of ranges are kept between calls, so they must stay small (4 MiB).
+constexpr size_t kMaxPartialFloats = size_t{1} << 20;
 
 int NumQueries(const AttentionCall& call, int sequence) {
   return call.q_offsets[sequence + 1] - call.q_offsets[sequence];
@@ -37,71 +39,101 @@ uint64_t BitsBetween(int64_t begin, int64_t end, int64_t base) {
   return below(end) & ~below(begin);
 }
 
-// Kept by each calling thread: the list of items, and the results of ranges.
+// Kept by each calling thread: the work, and the results of ranges.
 struct Plan {
   std::vector<AttentionItem> items;
-  std::vector<int> num_ranges;       // per item
-  std::vector<int64_t> first_piece;  // per item, and the end
+  std::vector<AttentionItem> pieces;    // items, each once per range
+  std::vector<size_t> partial_offsets;  // of each piece
+  std::vector<size_t> first_piece;      // of each item, and the end
   std::unique_ptr<float[]> partials;
-  size_t num_partials = 0;
+  size_t partials_capacity = 0;
+  int most_states = 0;
 
   float* Partials(size_t floats) {
-    if (floats > num_partials) {
+    if (floats > partials_capacity) {
       partials.reset();  // first, so that both are never alive
       partials.reset(new float[floats]);
-      num_partials = floats;
+      partials_capacity = floats;
     }
     return partials.get();
   }
 };
 
-// Most rows that an item gets: all of them if the scratch allows.
-int ListItems(const AttentionCall& call, int num_sequences, std::vector<AttentionItem>& items) {
+// One item per sequence, up to `num_heads` KV heads and tile of rows.
+void ListItems(const AttentionCall& call, int num_sequences, int num_heads, Plan& plan) {
   const int group = call.num_heads / call.num_kv_heads;
-  int most = 0;
-  items.clear();
+  plan.items.clear();
+  plan.most_states = 0;
   for (int b = 0; b < num_sequences; ++b) {
     const int64_t rows = int64_t{NumQueries(call, b)} * group;
     const int64_t tiles = (rows + kAttentionMaxRows - 1) / kAttentionMaxRows;
-    for (int g = 0; g < call.num_kv_heads; ++g) {
+    const int64_t heads =
+        tiles > 0
+            ? std::clamp<int64_t>(kAttentionMaxRows / ((rows + tiles - 1) / tiles), 1, num_heads)
+            : 1;
+    for (int g = 0; g < call.num_kv_heads; g += static_cast<int>(heads)) {
+      const int taken = std::min(static_cast<int>(heads), call.num_kv_heads - g);
       for (int64_t i = 0; i < tiles; ++i) {
         const int first = static_cast<int>(rows * i / tiles);
         const int count = static_cast<int>(rows * (i + 1) / tiles) - first;
-        items.push_back({b, g, first, count, -1});
-        most = std::max(most, count);
+        plan.items.push_back({b, g, taken, first, count, -1});
+        plan.most_states = std::max(plan.most_states, count * taken);
       }
     }
   }
-  return most;
+}
+
+// Cuts items into ranges; returns the floats their results take.
+size_t ListPieces(const AttentionCall& call, Plan& plan) {
+  const int64_t floats = AttentionPartialFloats(call.head_dim);
+  size_t total = 0;
+  plan.pieces.clear();
+  plan.partial_offsets.clear();
+  plan.first_piece.clear();
+  for (const AttentionItem& item : plan.items) {
+    plan.first_piece.push_back(plan.pieces.size());
+    const int64_t end = VisibleSpan(call, item).end;
+    for (int range = 0; range * int64_t{kAttentionRange} < end; ++range) {
+      plan.pieces.push_back(item);
+      plan.pieces.back().range = range;
+      plan.partial_offsets.push_back(total);
+      total += static_cast<size_t>(item.num_rows) * item.num_kv_heads * floats;
+    }
+  }
+  plan.first_piece.push_back(plan.pieces.size());
+  return total;
+}
+
+// As many KV heads per item as still keep every thread busy, with or without cutting the KV into
+// ranges. Returns the floats of the ranges' results, 0 if items stay whole.
+size_t MakePlan(const AttentionCall& call, int num_sequences, Plan& plan) {
+  const size_t wanted = static_cast<size_t>(kItemsPerThread) * NumThreads();
+  if (NumThreads() == 1) {
+    ListItems(call, num_sequences, call.num_kv_heads, plan);
+    return 0;
+  }
+  for (int heads = call.num_kv_heads;; heads = (heads + 1) / 2) {
+    ListItems(call, num_sequences, heads, plan);
+    if (plan.items.size() >= wanted) return 0;
+    const size_t floats = ListPieces(call, plan);
+    const bool is_cut = plan.pieces.size() > plan.items.size() && floats <= kMaxPartialFloats;
+    if (is_cut && plan.pieces.size() >= wanted) return floats;
+    if (heads == 1) return is_cut ? floats : 0;
+  }
 }
 
 void AttendByRange(const AttentionCall& call, const AttentionKernels& kernels, size_t scratch_bytes,
-                   Plan& plan) {
-  const int64_t floats = AttentionPartialFloats(call.head_dim);
-  size_t total = 0;
-  std::vector<size_t> offsets;
-  std::vector<std::pair<int, int>> pieces;
-  plan.num_ranges.clear();
-  for (size_t i = 0; i < plan.items.size(); ++i) {
-    const AttentionItem& item = plan.items[i];
-    const int64_t end = VisibleSpan(call, item).end;
-    const int ranges = static_cast<int>((end + kAttentionRange - 1) / kAttentionRange);
-    plan.num_ranges.push_back(ranges);
-    offsets.push_back(total);
-    total += static_cast<size_t>(ranges) * item.num_rows * floats;
-    for (int r = 0; r < ranges; ++r) pieces.emplace_back(static_cast<int>(i), r);
-  }
-  float* const partials = plan.Partials(total);
-  ParallelFor(static_cast<int64_t>(pieces.size()), [&](int64_t index) {
-    const auto [i, range] = pieces[index];
-    AttentionItem item = plan.items[i];
-    item.range = range;
-    kernels.attend(call, item, static_cast<float*>(ThreadScratch(scratch_bytes)),
-                   partials + offsets[i] + static_cast<size_t>(range) * item.num_rows * floats);
+                   size_t floats, Plan& plan) {
+  float* const partials = plan.Partials(floats);
+  ParallelFor(static_cast<int64_t>(plan.pieces.size()), [&](int64_t i) {
+    kernels.attend(call, plan.pieces[i], static_cast<float*>(ThreadScratch(scratch_bytes)),
+                   partials + plan.partial_offsets[i]);
   });
   ParallelFor(static_cast<int64_t>(plan.items.size()), [&](int64_t i) {
+    const size_t first = plan.first_piece[i];
     kernels.combine(call, plan.items[i], static_cast<float*>(ThreadScratch(scratch_bytes)),
-                    partials + offsets[i], plan.num_ranges[i]);
+                    partials + plan.partial_offsets[first],
+                    static_cast<int>(plan.first_piece[i + 1] - first));
   });
 }
 
@@ -162,27 +194,26 @@ uint64_t VisibleTokens(const AttentionCall& call, int sequence, int query, int64
   return seen & BitsBetween(begin, call.kv_lens[sequence], base);
 }
 
-int64_t AttentionScratchFloats(int head_dim, int num_rows) {
+int64_t AttentionScratchFloats(int head_dim, int num_states) {
   const int64_t padded = AttentionPaddedDim(head_dim);
-  const int64_t rows = (num_rows + 15) / 16 * 16;
-  return rows * (3 * padded + 2 * kAttentionBlock + 2 * 16 + 8) +
-         kAttentionBlock * (2 * padded + 16);
+  const int64_t states = (num_states + 15) / 16 * 16;  // rows are at most states
+  return states * (3 * padded + 2 * 16 + 3 + 2 * kAttentionBlock + 4) +
+         kAttentionBlock * (2 * padded);
 }
 
 void ChunkedAttention(const AttentionCall& call, int num_sequences) {
-  thread_local Plan plan;
+  thread_local Plan plan_of_thread;
+  Plan& plan = plan_of_thread;
   const AttentionKernels& kernels = Select(&kAttentionScalar, SPECMOEOFF_IF_X86(&kAttentionAvx2),
                                            SPECMOEOFF_IF_X86(&kAttentionAvx512));
-  const int rows = ListItems(call, num_sequences, plan.items);
-  const size_t bytes = sizeof(float) * AttentionScratchFloats(call.head_dim, rows);
-  const int64_t num_items = static_cast<int64_t>(plan.items.size());
-  if (num_items < int64_t{kItemsPerThread} * NumThreads()) {
-    AttendByRange(call, kernels, bytes, plan);
+  const size_t partial_floats = MakePlan(call, num_sequences, plan);
+  const size_t bytes = sizeof(float) * AttentionScratchFloats(call.head_dim, plan.most_states);
+  if (partial_floats > 0) {
+    AttendByRange(call, kernels, bytes, partial_floats, plan);
     return;
   }
-  Plan& mine = plan;
-  ParallelFor(num_items, [&](int64_t i) {
-    kernels.attend(call, mine.items[i], static_cast<float*>(ThreadScratch(bytes)), nullptr);
+  ParallelFor(static_cast<int64_t>(plan.items.size()), [&](int64_t i) {
+    kernels.attend(call, plan.items[i], static_cast<float*>(ThreadScratch(bytes)), nullptr);
   });
 }
 

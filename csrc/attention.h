@@ -46,28 +46,32 @@ struct AttentionCall {
   const uint64_t* tree_mask;  // [T] or null: bit j = sees new token j
 };
 
-// One piece of work: some rows of one sequence and KV head. Row r is query token r / group of the
-// sequence, query head r % group of the KV head.
+// One piece of work: some rows of some KV heads of one sequence. Row r is query token r / group of
+// the sequence, query head r % group of each of the KV heads. Several heads share an item because a
+// page holds them side by side: longer runs of memory, fewer page walks.
 struct AttentionItem {
   int sequence;
-  int kv_head;
+  int first_kv_head;
+  int num_kv_heads;
   int first_row;
-  int num_rows;  // 1 to kAttentionMaxRows
+  int num_rows;  // at least 1; num_rows * num_kv_heads is at most kAttentionMaxRows
   int range;     // the KV range to do, or -1 for all of them and the final result
 };
 
 // Floats of one row's result over one range: 16 partial sums, maximum, seen flag, padding, output.
 inline int AttentionPaddedDim(int head_dim) { return (head_dim + 15) / 16 * 16; }
 inline int64_t AttentionPartialFloats(int head_dim) { return 32 + AttentionPaddedDim(head_dim); }
-// Floats of scratch that one thread needs for items of up to `num_rows` rows; 64-byte aligned.
-int64_t AttentionScratchFloats(int head_dim, int num_rows);
+// Floats of scratch that one thread needs for items of up to `num_states` rows times KV heads;
+// 64-byte aligned.
+int64_t AttentionScratchFloats(int head_dim, int num_states);
 
 struct AttentionKernels {
-  // Does an item. `partial` [num_rows, AttentionPartialFloats] takes the result of a single range;
-  // unused (null) if item.range is -1.
+  // Does an item. `partial` [num_kv_heads, num_rows, AttentionPartialFloats] takes the result of a
+  // single range; unused (null) if item.range is -1.
   void (*attend)(const AttentionCall& call, const AttentionItem& item, float* scratch,
                  float* partial);
-  // Combines the partial results [num_ranges, num_rows, ...] of all ranges and writes the rows.
+  // Combines the partial results [num_ranges, num_kv_heads, num_rows, ...] of all ranges and writes
+  // the rows.
   void (*combine)(const AttentionCall& call, const AttentionItem& item, float* scratch,
                   const float* partials, int num_ranges);
 };

@@ -15,7 +15,7 @@ from specmoeoff.engine.forward import Forward, Span
 from specmoeoff.engine.memory_plan import peak_resident_bytes
 from specmoeoff.engine.scheduler import Scheduled, Scheduler
 from specmoeoff.engine.sequence import Request, Sequence
-from specmoeoff.engine.stats import EngineStats
+from specmoeoff.engine.stats import EngineStats, StepFigures
 from specmoeoff.engine.verification import num_outputs, verify_batch
 from specmoeoff.errors import InvalidInputError
 from specmoeoff.sampling import SequenceSampler
@@ -161,14 +161,13 @@ class Engine:
         except BaseException:
             self._forget_pass(batch)
             raise
-        updates = self._commit(batch, verifications)
-        decoded = {work.sequence.key for work in batch if work.decodes}
-        for update in updates:
-            self._stats.generated_tokens += len(update.token_ids)
-            if update.sequence.key in decoded:
-                self._stats.decode_tokens += len(update.token_ids)
-        asked = (num_decoding, num_drafts)
-        self._count(batch, proposals, verifications, asked, time.perf_counter() - start)
+        updates = self._commit(batch, proposals, verifications)
+        figures = StepFigures.of(batch, proposals, verifications, time.perf_counter() - start)
+        self._stats.add(figures)
+        if self._drafter is not None and figures.prompt_rows == 0:
+            self._parts.budget.observe(
+                num_decoding, num_drafts, figures.step_s, figures.judged, figures.accepted
+            )
         return updates
 
     def _propose(self, batch: list[Scheduled]) -> list[Proposal]:
@@ -190,23 +189,28 @@ class Engine:
         return proposals
 
     def _commit(
-        self, batch: list[Scheduled], verifications: list[Verification | None]
+        self,
+        batch: list[Scheduled],
+        proposals: list[Proposal],
+        verifications: list[Verification | None],
     ) -> list[Update]:
         """Add the verified tokens to their sequences, up to where each one stops."""
         now = time.monotonic()
         updates = []
-        for work, verification in zip(batch, verifications, strict=True):
+        for work, proposal, verification in zip(batch, proposals, verifications, strict=True):
             request = work.sequence.request
             if request.first_scheduled_time is None:
                 request.first_scheduled_time = now
             if verification is not None:
-                updates.append(self._extend(work.sequence, verification))
+                request.num_drafted_tokens += len(proposal.token_ids)
+                request.num_accepted_tokens += verification.num_accepted
+                updates.append(self._extend(work, verification))
                 if request.first_token_time is None:
                     request.first_token_time = now
         return updates
 
-    def _extend(self, sequence: Sequence, verification: Verification) -> Update:
-        request = sequence.request
+    def _extend(self, work: Scheduled, verification: Verification) -> Update:
+        sequence, request = work.sequence, work.sequence.request
         kept, sequence.finish_reason, sequence.stop_reason = truncate_at_stop(
             verification.token_ids,
             request.params,
@@ -221,6 +225,8 @@ class Engine:
             sequence.logprobs.extend(verification.logprobs[: len(kept)])
         sequence.token_ids.extend(kept)
         sequence.text += text
+        self._stats.generated_tokens += len(kept)
+        self._stats.decode_tokens += len(kept) if work.decodes else 0
         # What was rejected, and what came after a stop, is cut off by length alone.
         self._target.kv.truncate(sequence.kv, len(sequence.token_ids) - 1)
         if sequence.finish_reason is not None:
@@ -245,44 +251,6 @@ class Engine:
                 self._scheduler.preempt(work.sequence)
 
     # -- figures --------------------------------------------------------------------------------
-
-    def _count(
-        self,
-        batch: list[Scheduled],
-        proposals: list[Proposal],
-        verifications: list[Verification | None],
-        asked: tuple[int, int],
-        step_s: float,
-    ) -> None:
-        """Count a step; ``asked`` is what the draft budget was asked with, and what it said."""
-        stats = self._stats
-        prompt_rows = sum(work.num_tokens for work in batch if not work.decodes)
-        decode_rows = sum(
-            work.num_tokens + len(proposal.token_ids)
-            for work, proposal in zip(batch, proposals, strict=True)
-            if work.decodes
-        )
-        share = prompt_rows / (prompt_rows + decode_rows)
-        stats.steps += 1
-        stats.step_s += step_s
-        stats.prefill_s += share * step_s
-        stats.decode_s += (1 - share) * step_s
-        stats.prefill_tokens += prompt_rows
-        drafted = judged = accepted = 0
-        for work, proposal, verification in zip(batch, proposals, verifications, strict=True):
-            if verification is None or not proposal.token_ids:
-                continue
-            request, length = work.sequence.request, len(proposal.token_ids)
-            request.num_drafted_tokens += length
-            request.num_accepted_tokens += verification.num_accepted
-            stats.verified_sequences += 1
-            drafted += length
-            accepted += verification.num_accepted
-            judged += min(length, verification.num_accepted + 1)
-        stats.drafted_tokens += drafted
-        stats.accepted_tokens += accepted
-        if self._drafter is not None and prompt_rows == 0:
-            self._parts.budget.observe(*asked, step_s, judged, accepted)
 
     def stats(self) -> EngineStats:
         """Return the counters up to now."""

@@ -4,7 +4,60 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from specmoeoff.engine.scheduler import Scheduled
+    from specmoeoff.speculative.drafter import Proposal
+    from specmoeoff.speculative.verify import Verification
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """What one step did."""
+
+    step_s: float
+    prompt_rows: int
+    """Tokens of prompts that went through the pass."""
+    decode_rows: int
+    """Last tokens and draft tokens that went through the pass."""
+    verified: int
+    """Sequences with at least one draft token."""
+    drafted: int
+    judged: int
+    """Draft tokens that were accepted, and the first rejected one of each sequence."""
+    accepted: int
+
+    @classmethod
+    def of(
+        cls,
+        batch: Sequence[Scheduled],
+        proposals: Sequence[Proposal],
+        verifications: Sequence[Verification | None],
+        step_s: float,
+    ) -> StepFigures:
+        """Count a step's work, its drafts and their verdicts."""
+        drafts = [len(proposal.token_ids) for proposal in proposals]
+        verdicts = [
+            (length, verification.num_accepted)
+            for length, verification in zip(drafts, verifications, strict=True)
+            if verification is not None and length
+        ]
+        return cls(
+            step_s=step_s,
+            prompt_rows=sum(work.num_tokens for work in batch if not work.decodes),
+            decode_rows=sum(
+                work.num_tokens + length
+                for work, length in zip(batch, drafts, strict=True)
+                if work.decodes
+            ),
+            verified=len(verdicts),
+            drafted=sum(length for length, _ in verdicts),
+            judged=sum(min(length, accepted + 1) for length, accepted in verdicts),
+            accepted=sum(accepted for _, accepted in verdicts),
+        )
 
 
 @dataclass
@@ -70,6 +123,18 @@ class EngineStats:
     def link_utilisation(self) -> float:
         """Share of the steps' time in which the link was busy."""
         return min(1.0, self.streamed_s / self.step_s) if self.step_s else 0.0
+
+    def add(self, step: StepFigures) -> None:
+        """Count one step."""
+        share = step.prompt_rows / max(step.prompt_rows + step.decode_rows, 1)
+        self.steps += 1
+        self.step_s += step.step_s
+        self.prefill_s += share * step.step_s
+        self.decode_s += (1 - share) * step.step_s
+        self.prefill_tokens += step.prompt_rows
+        self.verified_sequences += step.verified
+        self.drafted_tokens += step.drafted
+        self.accepted_tokens += step.accepted
 
     def as_dict(self) -> dict[str, Any]:
         """Return counters and rates as plain data."""

@@ -1,0 +1,118 @@
+"""Random attention problems over a paged KV cache whose unused parts are NaN."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from specmoeoff.kernels import reference
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from specmoeoff.kernels.reference import Array
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The arguments of one chunked_attention call, and the keys and values behind its pages."""
+
+    q: Array
+    keys: list[Array]
+    values: list[Array]
+    lens: list[int]
+    """Tokens of ``keys`` that count; the rest of the pages is NaN."""
+    num_queries: list[int]
+    page_size: int
+    dtype: str
+    options: dict[str, Any]
+    scale: float
+
+    def arguments(self, seed: int = 0) -> tuple[Array, ...]:
+        """Return the positional arguments, pages in random order inside strided records."""
+        heads, dim = self.keys[0].shape[1:]
+        counts = [-(-length // self.page_size) for length in self.lens]
+        k_pages, v_pages = empty_pages(sum(counts) + 2, heads, dim, self.page_size, self.dtype)
+        ids = np.random.default_rng(seed).permutation(len(k_pages)).astype(np.int32)
+        tables = np.full((len(counts), max([*counts, 1])), -1, np.int32)
+        at = 0
+        for row, count, keys, values, length in zip(
+            tables, counts, self.keys, self.values, self.lens, strict=True
+        ):
+            row[:count] = ids[at : at + count]
+            at += count
+            token = np.arange(length)
+            slots = row[token // self.page_size] * self.page_size + token % self.page_size
+            reference.append_kv(keys[:length], values[:length], k_pages, v_pages, slots)
+        offsets = np.concatenate([[0], np.cumsum(self.num_queries)]).astype(np.int32)
+        return self.q, k_pages, v_pages, tables, offsets, np.array(self.lens, np.int32)
+
+    def expected(self) -> Array:
+        """Return what the specification says."""
+        with np.errstate(invalid="ignore"):
+            return reference.chunked_attention(*self.arguments(), self.scale, **self.options)
+
+    def with_options(self, **options: Any) -> Problem:
+        """Return the same problem with some options set."""
+        return replace(self, options={**self.options, **options})
+
+
+def empty_pages(
+    num_pages: int, heads: int, dim: int, page_size: int, dtype: str
+) -> tuple[Array, Array]:
+    """Return k_pages and v_pages full of NaN, views into records that hold more than them."""
+    half = heads * dim * page_size
+    records = np.full((num_pages, 2 * half + 32), np.nan, np.float32)
+    stored = reference.to_bfloat16(records) if dtype == "bfloat16" else records
+    k_pages = stored[:, 16 : 16 + half].reshape(num_pages, heads, dim, page_size)
+    v_pages = stored[:, 16 + half : -16].reshape(num_pages, heads, page_size, dim)
+    assert np.shares_memory(k_pages, stored)
+    assert np.shares_memory(v_pages, stored)
+    return k_pages, v_pages
+
+
+def make_problem(
+    lens: Sequence[int],
+    num_queries: Sequence[int],
+    *,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    head_dim: int = 24,
+    page_size: int = 32,
+    dtype: str = "bfloat16",
+    spread: float = 1.0,
+    seed: int = 0,
+    **options: Any,
+) -> Problem:
+    """Return a problem of random queries, keys and values; ``spread`` widens the scores."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> Array:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    return Problem(
+        q=normal(sum(num_queries), num_heads, head_dim) * np.float32(spread),
+        keys=[normal(n, num_kv_heads, head_dim) for n in lens],
+        values=[normal(n, num_kv_heads, head_dim) for n in lens],
+        lens=list(lens),
+        num_queries=list(num_queries),
+        page_size=page_size,
+        dtype=dtype,
+        options=options,
+        scale=head_dim**-0.5,
+    )
+
+
+def random_tree_mask(num_queries: Sequence[int], seed: int) -> Array:
+    """Return ancestor bits of a random tree per sequence, every node seeing itself."""
+    rng = np.random.default_rng(seed)
+    masks = []
+    for n in num_queries:
+        rows: list[int] = []
+        for node in range(n):
+            parent = int(rng.integers(-1, node)) if node else -1
+            rows.append((rows[parent] if parent >= 0 else 0) | 1 << node)
+        masks.extend(rows)
+    return np.array(masks, np.uint64)

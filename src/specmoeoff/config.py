@@ -1,4 +1,4 @@
-"""What is wished (EngineConfig, SpeculativeConfig), what was chosen (Policy), what a model is (ModelConfig).
+"""What is wished (EngineConfig, SpeculativeConfig), was chosen (Policy), and is there (ModelConfig).
 
 All four are frozen: a value that must change is replaced, never edited. Shapes and options only;
 nothing here opens a file or knows where weights lie.
@@ -28,7 +28,7 @@ class RopeConfig:
     rope_type: str = "default"
     """``default``, ``linear``, ``dynamic``, ``yarn`` or ``llama3``."""
     parameters: tuple[tuple[str, Any], ...] = ()
-    """Everything else the scaling rule needs (``factor``, ``low_freq_factor``, ...), sorted by name."""
+    """What else the scaling rule needs (``factor``, ``low_freq_factor``, ...), sorted by name."""
 
     def parameter(self, name: str, default: Any = None) -> Any:
         """Return one scaling parameter, or ``default`` if the checkpoint does not state it."""
@@ -84,7 +84,7 @@ class SpeculativeConfig:
     """Shortest n-gram that is looked up (``ngram`` only)."""
     draft_weight_dtype: Literal["auto", "int8"] = "int8"
     """``int8`` keeps the draft's matrices as int8 with one float32 scale per row, which halves the
-    memory it takes from the target; ``auto`` keeps the checkpoint's dtype. Output never depends on it."""
+    memory it takes from the target; ``auto`` keeps the checkpoint's dtype. Output depends on neither."""
 
     def __post_init__(self) -> None:
         if self.method not in ("draft_model", "ngram"):
@@ -93,7 +93,7 @@ class SpeculativeConfig:
             )
         if self.method == "draft_model" and not self.model:
             raise InvalidInputError(
-                "speculative method 'draft_model' needs a model: give the draft's directory or hub id"
+                "speculative method 'draft_model' needs a model: give its directory or hub id"
             )
         if not 1 <= self.num_speculative_tokens <= MAX_SPECULATIVE_TOKENS:
             raise InvalidInputError(
@@ -126,8 +126,8 @@ class EngineConfig:
     max_num_seqs: int = 64
     """Most sequences that run at once."""
     max_num_batched_tokens: int | None = None
-    """Token budget of one step: decode tokens, drafts and prompt chunks together; None takes as many
-    as the memory budget has room for."""
+    """Token budget of one step: decode tokens, drafts and prompt chunks together; None takes as
+    many as the memory budget has room for."""
     max_model_len: int | None = None
     """Longest prompt + output in tokens; None takes the model's own limit."""
     num_threads: int | None = None

@@ -24,7 +24,7 @@ class CheckpointError(SpecMoEOffError, ValueError):
 
 
 class DoesNotFitError(SpecMoEOffError, ValueError):
-    """The memory budget cannot work; the message has the arithmetic and the smallest one that can."""
+    """The memory budget is too small; the message has the arithmetic and the smallest that works."""
 
     exit_code = 3
 

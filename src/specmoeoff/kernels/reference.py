@@ -10,11 +10,14 @@ D head size, P tokens in a page, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 F32 = NDArray[np.float32]
 I32 = NDArray[np.int32]
@@ -88,9 +91,9 @@ def embedding(token_ids: I32, weight: Weight) -> F32:
 
 
 def rms_norm(x: F32, weight: F32, eps: float, out: F32 | None = None) -> F32:
-    """Return ``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension: x [T, K], weight [K]."""
+    """Return ``x / sqrt(mean(x^2) + eps) * weight`` along rows: x [T, K], weight [K]."""
     variance = np.mean(x.astype(np.float64) ** 2, axis=-1, keepdims=True)
-    y = (x / np.sqrt(variance + eps) * weight).astype(np.float32)
+    y: F32 = (x / np.sqrt(variance + eps) * weight).astype(np.float32)
     if out is None:
         return y
     out[...] = y
@@ -201,7 +204,7 @@ def chunked_attention(
     """Attend n new tokens of each sequence to its whole paged KV, which already holds them.
 
     q [T, H, D]; sequence b's queries are rows q_offsets[b]:q_offsets[b + 1] (n of them, maybe
-    none), its KV is kv_lens[b] tokens long and lies in pages page_tables[b] (int32 [B, max_pages]);
+    none), its KV is kv_lens[b] tokens long, in pages page_tables[b] (int32 [B, max_pages]);
     its queries are its last n tokens. Query i sees every token before the n new ones, and of the new
     ones those up to itself, or with ``tree_mask`` (uint64 [T], n <= 64) those whose bit is set.
     ``sliding_window`` w > 0 hides tokens w or more positions back. ``softcap`` c > 0 replaces a

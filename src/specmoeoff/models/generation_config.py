@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from specmoeoff.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 

@@ -26,12 +26,12 @@ import numpy as np
 
 from specmoeoff.errors import StreamError
 from specmoeoff.offload.arena import Arena, round_up
-from specmoeoff.offload.reader import Read, Reader
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from specmoeoff.offload.expert_layout import ExpertLayout
+    from specmoeoff.offload.reader import Read, Reader
 
 Tensors = Mapping[str, "NDArray[np.generic]"]
 
@@ -280,7 +280,7 @@ class ExpertStore:
         return np.where(np.diff(index) > 0, 0.0, 1.0)
 
     def _take_slot(self, protect: Sequence[int], nearer_than: float | None = None) -> int | None:
-        """Return a free slot, or the one wanted last unless it is nearer than that; None if none."""
+        """Return a free slot, or the one wanted last unless that is nearer; None if none."""
         if self._free:
             return self._free.pop()
         candidates = self._droppable(protect)

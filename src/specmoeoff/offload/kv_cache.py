@@ -80,7 +80,7 @@ class KvCache:
         return -(-num_tokens // self.page_size)
 
     def reserve(self, sequence: KvSequence, num_tokens: int) -> bool:
-        """Make room for a sequence of ``num_tokens`` in all; False (and no change) if there is none."""
+        """Make room for ``num_tokens`` in all; False (and no change) if there is none."""
         missing = self.pages_for(num_tokens) - len(sequence.pages)
         if missing <= 0:
             return True
@@ -122,7 +122,7 @@ class KvCache:
         sequence.length = min(sequence.length, length)
 
     def free(self, sequence: KvSequence) -> None:
-        """Give a sequence's pages back; memory above the new high-water mark returns to the system."""
+        """Give a sequence's pages back; memory above the new high-water mark is discarded."""
         for page in sequence.pages:
             heapq.heappush(self._free, page)
         self.num_used -= len(sequence.pages)

@@ -217,8 +217,8 @@ class Reader:
                 count = self._read_buffered(piece, got)
             if count == 0:
                 raise StreamError(
-                    f"{piece.file} ended at byte {piece.offset + got} while reading {piece.read.name}: "
-                    "the file was truncated after it was opened"
+                    f"{piece.file} ended at byte {piece.offset + got} while reading "
+                    f"{piece.read.name}: the file was truncated after it was opened"
                 )
             got += count
 

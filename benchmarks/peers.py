@@ -12,15 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.engine_job import EngineJob, run_engine
-from harness.llama_cpp import CHECK_PROMPT, ensure_gguf, generated_text, run_llama_cpp
+from harness.llama_cpp import CHECK_PROMPT, NAME, TEXT_NAME, LlamaCpp, ensure_gguf
 from harness.machine import machine
+from harness.measured_process import Limits
 from harness.peer_installation import LLAMA_CPP_PACKAGE, PACKAGES, PeerInstallation
 from harness.peer_result import PeerResult
-from harness.real_prompts import real_prompts
+from harness.real_prompts import as_text, real_prompts
 from harness.table import number, table
 from harness.transformers_offload import run_transformers
 from specmoeoff.demo import cache_directory
@@ -29,30 +31,51 @@ from specmoeoff.memory_size import parse_memory_size
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-ENGINES = ("llama.cpp", "specmoeoff", "specmoeoff-speculative", "specmoeoff-auto", "transformers")
-DEFAULT_ENGINES = tuple(name for name in ENGINES if name != "specmoeoff-auto")
+ENGINES = (
+    NAME,
+    TEXT_NAME,
+    "specmoeoff",
+    "specmoeoff-speculative",
+    "specmoeoff-auto",
+    "transformers",
+)
+"""The second runs only at batch 1, on the first real prompt."""
+
+
+@dataclass(frozen=True)
+class Peers:
+    """The peers that this run needs, installed."""
+
+    python: Path
+    llama_cpp: LlamaCpp
 
 
 def main() -> None:
     """Install, run, compare."""
     options = _options()
-    peers = PeerInstallation(options.peers_dir, options.jobs)
-    tools, gguf = Path(), Path()
-    if "llama.cpp" in options.engines:
-        tools = peers.ensure_llama_cpp()
-        gguf = ensure_gguf(peers.ensure_python(), options.target, options.peers_dir / "gguf")
-        if options.check:
-            _check_gguf(tools, gguf, options)
-    if "transformers" in options.engines:
-        peers.ensure_python()
+    peers = _install(options)
+    if options.check:
+        _check_gguf(peers.llama_cpp, options)
     if options.install_only:
         return
     results: list[PeerResult] = []
-    for result in _results(options, peers, tools, gguf):
+    for result in _results(options, peers):
         results.append(result)
         shown = number(result.decode_tok_s) + " tok/s" if result.decode_tok_s else result.note
         print(f"batch {result.batch}, {result.engine}: {shown}", flush=True)
     _report(options, results)
+
+
+def _install(options: argparse.Namespace) -> Peers:
+    installation = PeerInstallation(options.peers_dir, options.jobs)
+    python, tools, gguf = Path(), Path(), Path()
+    if any(not engine.startswith("specmoeoff") for engine in options.engines):
+        python = installation.ensure_python()
+    if options.check or {NAME, TEXT_NAME} & set(options.engines):
+        tools = installation.ensure_llama_cpp()
+        gguf = ensure_gguf(python, options.target, options.peers_dir / "gguf")
+    extra = options.llama_args.split()
+    return Peers(python, LlamaCpp(tools, gguf, options.threads, extra))
 
 
 def _options() -> argparse.Namespace:
@@ -62,17 +85,16 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--k", type=int, default=4, help="tokens drafted a sequence and step")
     parser.add_argument("--memory", default="4GiB", help="budget and cgroup of every engine")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=DEFAULT_ENGINES)
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--repeat", type=int, default=1, help="runs of everything, taking turns")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--timeout", type=float, default=1800, help="seconds for one run")
     parser.add_argument(
         "--transformers-timeout", type=float, default=300, help="the same for Transformers"
     )
     parser.add_argument("--llama-args", default="", help="more for llama-batched-bench, one string")
-    parser.add_argument("--no-cgroup", dest="cgroup", action="store_false")
+    Limits.add_options(parser, timeout_s=1800)
     parser.add_argument("--peers-dir", type=Path, default=cache_directory() / "peers")
     parser.add_argument("--jobs", type=int, default=2, help="compilers that build llama.cpp")
     parser.add_argument("--install-only", action="store_true")
@@ -87,54 +109,43 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _results(
-    options: argparse.Namespace, peers: PeerInstallation, tools: Path, gguf: Path
-) -> Iterator[PeerResult]:
+def _results(options: argparse.Namespace, peers: Peers) -> Iterator[PeerResult]:
     """Run everything, the engines taking turns, and yield each result as it comes."""
+    limits = Limits.from_options(options)
+    lengths = options.prompt_tokens, options.max_tokens
     for batch in options.batch:
         prompts = real_prompts(options.target, batch, options.prompt_tokens)
         for _ in range(options.repeat):
             for engine in options.engines:
-                if engine == "llama.cpp":
-                    yield _run_llama_cpp(tools, gguf, options, batch)
+                if engine == NAME:
+                    yield peers.llama_cpp.run_batch(batch, *lengths, limits)
+                elif engine == TEXT_NAME:
+                    if batch == 1:
+                        prompt = as_text(options.target, prompts[0])
+                        yield peers.llama_cpp.run_text(prompt, options.max_tokens, limits)
                 elif engine == "transformers":
-                    yield _run_transformers(peers, options, prompts)
+                    yield _run_transformers(peers.python, options, prompts)
                 else:
-                    yield _run_specmoeoff(engine, options, prompts)
-
-
-def _run_llama_cpp(tools: Path, gguf: Path, options: argparse.Namespace, batch: int) -> PeerResult:
-    return run_llama_cpp(
-        tools,
-        gguf,
-        batch=batch,
-        prompt_tokens=options.prompt_tokens,
-        max_tokens=options.max_tokens,
-        num_threads=options.threads,
-        extra=options.llama_args.split(),
-        memory=parse_memory_size(options.memory) if options.cgroup else None,
-        timeout_s=options.timeout,
-    )
+                    yield _run_specmoeoff(engine, options, prompts, limits)
 
 
 def _run_transformers(
-    peers: PeerInstallation, options: argparse.Namespace, prompts: list[list[int]]
+    python: Path, options: argparse.Namespace, prompts: list[list[int]]
 ) -> PeerResult:
     return run_transformers(
-        peers.ensure_python(),
+        python,
         options.target,
         prompts=_equally_long(prompts, options.prompt_tokens),
         max_tokens=options.max_tokens,
         num_threads=options.threads,
         memory=parse_memory_size(options.memory),
-        cgroup=options.cgroup,
-        timeout_s=options.transformers_timeout,
+        limits=replace(Limits.from_options(options), timeout_s=options.transformers_timeout),
         scratch=options.peers_dir,
     )
 
 
 def _run_specmoeoff(
-    engine: str, options: argparse.Namespace, prompts: list[list[int]]
+    engine: str, options: argparse.Namespace, prompts: list[list[int]], limits: Limits
 ) -> PeerResult:
     job = EngineJob(
         options.target,
@@ -146,7 +157,7 @@ def _run_specmoeoff(
         adaptive=engine == "specmoeoff-auto",
         options={"num_threads": options.threads},
     )
-    run, process = run_engine(job, cgroup=options.cgroup, timeout_s=options.timeout)
+    run, process = run_engine(job, limits)
     if run is None:
         return PeerResult(engine, len(prompts), process, note=process.failure or "no result")
     full = f"full batch {number(run.full_tok_s)} tok/s"
@@ -171,19 +182,21 @@ def _report(options: argparse.Namespace, results: list[PeerResult]) -> None:
     rows = []
     speedups: dict[str, float] = {}
     for batch in options.batch:
-        base = _mean_rate(results, "llama.cpp", batch)
+        # At batch 1 there are two llama.cpp figures; the better one is the one to beat.
+        figures = [_mean_rate(results, name, batch) for name in (NAME, TEXT_NAME)]
+        base = max((rate for rate in figures if rate), default=None)
         for result in (result for result in results if result.batch == batch):
             ratio = result.decode_tok_s / base if base and result.decode_tok_s else None
             rows.append(_row(result, ratio))
         for engine in options.engines:
             rate = _mean_rate(results, engine, batch)
-            if base and rate and engine != "llama.cpp":
+            if base and rate and engine not in (NAME, TEXT_NAME):
                 speedups[f"{engine}, batch {batch}"] = rate / base
     print(
         f"\n{options.target} in a cgroup of {options.memory}" if options.cgroup else "\nno cgroup"
     )
     header = ["engine", "batch", "decode tok/s", "x llama.cpp", "prefill tok/s", "read GB"]
-    print(table([*header, "peak RSS GiB", "wall s", "note"], rows))
+    print(table([*header, "peak RSS GiB", "wall s", "other cores", "note"], rows))
     record = {
         "benchmark": "peers",
         "machine": machine(),
@@ -205,6 +218,7 @@ def _row(result: PeerResult, ratio: float | None) -> list[str]:
         number(result.process.read_bytes / 1e9),
         number(result.process.peak_rss_bytes / 2**30),
         number(result.process.wall_s, 0),
+        number(result.process.other_cores),
         result.note,
     ]
 
@@ -219,11 +233,11 @@ def _mean_rate(results: list[PeerResult], engine: str, batch: int) -> float | No
     return sum(rates) / len(rates) if rates else None
 
 
-def _check_gguf(tools: Path, gguf: Path, options: argparse.Namespace) -> None:
+def _check_gguf(llama_cpp: LlamaCpp, options: argparse.Namespace) -> None:
     """Print both greedy answers; rounding may make them part after a while, not at once."""
     from specmoeoff import LLM, SamplingParams
 
-    theirs = generated_text(tools, gguf, CHECK_PROMPT, 16)
+    theirs = llama_cpp.continuation(CHECK_PROMPT, 16)
     with LLM(str(options.target), memory=options.memory, max_num_seqs=1) as llm:
         output = llm.generate(CHECK_PROMPT, SamplingParams(temperature=0.0, max_tokens=16))
     ours = CHECK_PROMPT + output[0].outputs[0].text

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from harness.engine_job import EngineJob, require_run
 from harness.machine import machine
+from harness.measured_process import Limits
 from harness.real_prompts import real_prompts
 from specmoeoff.demo import build_demo, cache_directory
 from specmoeoff.memory_size import format_memory_size, parse_memory_size
@@ -40,7 +41,7 @@ def main() -> None:
         if name == "speculative" and draft is None:
             continue
         job = EngineJob(target, memory, groups, options.max_tokens, draft=used and str(used))
-        run = require_run(job, cgroup=False, timeout_s=300)
+        run = require_run(job, Limits(memory=None, timeout_s=300))
         peak = run.process.peak_rss_bytes
         print(
             f"{name}: {run.decode_tok_s:.1f} tok/s decode, {run.prefill_tok_s:.0f} tok/s prefill, "

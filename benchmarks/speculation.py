@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.engine_job import EngineJob, EngineRun, require_run
 from harness.machine import machine
+from harness.measured_process import Limits
 from harness.real_prompts import real_prompts
 from harness.table import number, table
 from specmoeoff.memory_size import parse_memory_size
@@ -62,8 +63,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--stop-at-eos", action="store_true", help="answers end where the model ends them"
     )
-    parser.add_argument("--timeout", type=float, default=900, help="seconds for one run")
-    parser.add_argument("--no-cgroup", dest="cgroup", action="store_false")
+    Limits.add_options(parser, timeout_s=900)
     return parser.parse_args()
 
 
@@ -94,7 +94,7 @@ def _alternate(
     runs: dict[str, list[EngineRun]] = {name: [] for name in jobs}
     for _ in range(options.repeat):
         for name, job in jobs.items():
-            run = require_run(job, cgroup=options.cgroup, timeout_s=options.timeout)
+            run = require_run(job, Limits.from_options(options))
             runs[name].append(run)
             if run.result["tokens_sha256"] != runs[OFF][0].result["tokens_sha256"]:
                 raise SystemExit(f"{name} returned other tokens than without speculation: a bug")
@@ -104,7 +104,7 @@ def _alternate(
 def _show(title: str, runs: dict[str, list[EngineRun]]) -> None:
     print(f"\n{title}")
     header = ["speculation", "decode tok/s", "min-max", "x off", "full batch tok/s", "x off"]
-    header += ["acceptance", "tokens/verify", "link busy %", "peak RSS MiB"]
+    header += ["acceptance", "tokens/verify", "link busy %", "peak RSS MiB", "other cores"]
     rows = []
     for name, same in runs.items():
         decode = [run.decode_tok_s for run in same]
@@ -121,6 +121,7 @@ def _show(title: str, runs: dict[str, list[EngineRun]]) -> None:
                 number(stats["mean_acceptance_length"]),
                 number(100 * stats["link_utilisation"], 0),
                 number(max(run.process.peak_rss_bytes for run in same) / 2**20, 0),
+                number(max(run.process.other_cores for run in same)),
             ]
         )
     print(table(header, rows))

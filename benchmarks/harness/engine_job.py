@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.measured_process import Finished, drop_page_cache, run_measured
+from harness.measured_process import Finished, Limits, drop_page_cache, run_measured
 
 _PROCESS = Path(__file__).with_name("engine_process.py")
 
@@ -96,29 +96,27 @@ class EngineRun:
             "read_bytes": self.process.read_bytes,
             "peak_rss_bytes": self.process.peak_rss_bytes,
             "cgroup_peak_bytes": self.process.cgroup_peak_bytes,
+            "other_cores": self.process.other_cores,
             **{k: v for k, v in self.result.items() if k not in ("event", "policy")},
         }
 
 
-def run_engine(
-    job: EngineJob, *, cgroup: bool, timeout_s: float
-) -> tuple[EngineRun | None, Finished]:
-    """Run a job from a cold page cache, in a memory cgroup as large as its budget if asked to.
+def run_engine(job: EngineJob, limits: Limits) -> tuple[EngineRun | None, Finished]:
+    """Run a job from a cold page cache.
 
     Returns:
         The run, or None where ``Finished.failure`` says why there is none; and the process.
     """
     drop_page_cache([job.model])
-    memory = job.memory if cgroup else None
-    process = run_measured(job.command(), memory=memory, timeout_s=timeout_s)
+    process = run_measured(job.command(), limits)
     if process.failure is not None:
         return None, process
     return EngineRun(process, json.loads(process.stdout.splitlines()[-1])), process
 
 
-def require_run(job: EngineJob, *, cgroup: bool, timeout_s: float) -> EngineRun:
+def require_run(job: EngineJob, limits: Limits) -> EngineRun:
     """Run a job; leave the benchmark with the process's own words if it fails."""
-    run, process = run_engine(job, cgroup=cgroup, timeout_s=timeout_s)
+    run, process = run_engine(job, limits)
     if run is None:
         raise SystemExit(f"SpecMoEOff failed, {process.failure}\n{process.stderr[-2000:]}")
     return run

@@ -1,13 +1,15 @@
-"""llama.cpp as a peer: its BF16 GGUF, and one run of llama-batched-bench."""
+"""llama.cpp as a peer: its BF16 GGUF, and its runs."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.measured_process import Finished, drop_page_cache, run_measured
+from harness.measured_process import Finished, Limits, drop_page_cache, run_measured
 from harness.peer_result import PeerResult
 
 if TYPE_CHECKING:
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 
 _WRITER = Path(__file__).with_name("write_gguf.py")
 CHECK_PROMPT = "The capital of France is"
+NAME, TEXT_NAME = "llama.cpp", "llama.cpp-text"
+_TIMING = re.compile(r": +((?:prompt )?eval) time =.*?([\d.]+) tokens per second")
 
 
 def ensure_gguf(python: Path, checkpoint: Path, directory: Path) -> Path:
@@ -28,53 +32,64 @@ def ensure_gguf(python: Path, checkpoint: Path, directory: Path) -> Path:
     return path
 
 
-def generated_text(tools: Path, model: Path, prompt: str, num_tokens: int) -> str:
-    """Return what llama.cpp answers greedily: a check that the GGUF means what it should."""
-    command = [tools / "llama-completion", "-m", model, "-p", prompt, "-n", num_tokens]
-    command += ["--temp", "0", "-no-cnv", "--no-warmup", "-t", "2", "-fit", "off"]
-    words = [str(word) for word in command]
-    done = subprocess.run(
-        words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=600
-    )
-    if done.returncode:
-        raise SystemExit(f"llama-completion failed: {done.stderr[-1000:]}")
-    return done.stdout
+@dataclass(frozen=True)
+class LlamaCpp:
+    """llama.cpp's tools, a model for them, and what all runs have in common."""
 
+    tools: Path
+    model: Path
+    num_threads: int
+    extra: Sequence[str] = ()
+    """Further flags, given to every run."""
 
-def run_llama_cpp(
-    tools: Path,
-    model: Path,
-    *,
-    batch: int,
-    prompt_tokens: int,
-    max_tokens: int,
-    num_threads: int,
-    extra: Sequence[str],
-    memory: int | None,
-    timeout_s: float,
-) -> PeerResult:
-    """Run one batch from a cold page cache; every sequence has a prompt of random tokens."""
-    command: list[object] = [tools / "llama-batched-bench", "-m", model]
-    command += ["-npp", prompt_tokens, "-ntg", max_tokens, "-npl", batch]
-    command += ["-c", batch * (prompt_tokens + max_tokens), "-b", 2048, "-ub", 512]
-    command += ["-t", num_threads, "-tb", num_threads, "-fa", "auto", "-fit", "off"]
-    command += ["--output-format", "jsonl", *extra]
-    drop_page_cache([model])
-    words = [str(word) for word in command]
-    process = run_measured(words, memory=memory, timeout_s=timeout_s)
-    return _result(batch, process)
+    def continuation(self, prompt: str, num_tokens: int) -> str:
+        """Return prompt and greedy continuation: a check that the GGUF means what it should."""
+        arguments = ["-p", prompt, "-n", num_tokens, "--temp", 0, "-no-cnv"]
+        limits = Limits(memory=None, timeout_s=600)
+        process = self._run("llama-completion", len(prompt) + num_tokens, arguments, limits)
+        if process.failure:
+            raise SystemExit(f"llama-completion: {process.failure}\n{process.stderr[-1000:]}")
+        return process.stdout
 
+    def run_batch(
+        self, batch: int, prompt_tokens: int, max_tokens: int, limits: Limits
+    ) -> PeerResult:
+        """Run llama-batched-bench from a cold page cache: random tokens, equal lengths."""
+        lengths = ["-npp", prompt_tokens, "-ntg", max_tokens, "-npl", batch]
+        context = batch * (prompt_tokens + max_tokens)
+        process = self._run(
+            "llama-batched-bench", context, [*lengths, "--output-format", "jsonl"], limits
+        )
+        lines = process.stdout.splitlines()
+        record = next((json.loads(line) for line in lines if line.startswith("{")), None)
+        if record is None:
+            return PeerResult(NAME, batch, process, note=process.failure or "no result")
+        return PeerResult(
+            NAME,
+            batch,
+            process,
+            decode_tok_s=record["speed_tg"],
+            prefill_tok_s=record["speed_pp"],
+        )
 
-def _result(batch: int, process: Finished) -> PeerResult:
-    record = next(
-        (json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")), None
-    )
-    if record is None:
-        return PeerResult("llama.cpp", batch, process, note=process.failure or "no result")
-    return PeerResult(
-        "llama.cpp",
-        batch,
-        process,
-        decode_tok_s=record["speed_tg"],
-        prefill_tok_s=record["speed_pp"],
-    )
+    def run_text(self, prompt: str, max_tokens: int, limits: Limits) -> PeerResult:
+        """Run llama-completion on a real prompt, as real text may route less evenly."""
+        arguments = ["-p", prompt, "-n", max_tokens, "--temp", 0, "-no-cnv", "--ignore-eos"]
+        process = self._run("llama-completion", 4 * len(prompt) + max_tokens, arguments, limits)
+        # One line each: "prompt eval time = ... 3.78 tokens per second)", "eval time = ...".
+        rates = dict(_TIMING.findall(process.stdout + process.stderr))
+        decode, prefill = rates.get("eval"), rates.get("prompt eval")
+        if decode is None or prefill is None:
+            return PeerResult(TEXT_NAME, 1, process, note=process.failure or "no result")
+        return PeerResult(
+            TEXT_NAME, 1, process, decode_tok_s=float(decode), prefill_tok_s=float(prefill)
+        )
+
+    def _run(
+        self, tool: str, context: int, arguments: Sequence[object], limits: Limits
+    ) -> Finished:
+        command: list[object] = [self.tools / tool, "-m", self.model, "-c", context]
+        command += ["-b", 2048, "-ub", 512, "-fa", "auto", "-fit", "off"]
+        command += ["-t", self.num_threads, "-tb", self.num_threads, *arguments, *self.extra]
+        drop_page_cache([self.model])
+        return run_measured([str(word) for word in command], limits)

@@ -14,12 +14,41 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.memory_cgroup import memory_cgroup
+from specmoeoff.memory_size import parse_memory_size
 
 if TYPE_CHECKING:
+    import argparse
+    import resource
     from collections.abc import Iterable, Mapping, Sequence
 
 BLOCK_BYTES = 512
 """What the kernel counts ``ru_inblock`` in: bytes that really came from the disk."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a measured process may have."""
+
+    memory: int | None
+    """Bytes of the memory cgroup it runs in; None is no cgroup."""
+    timeout_s: float
+    realtime: bool = False
+    """Run with SCHED_RR, so that a busy neighbour cannot hold up one thread of a barrier."""
+
+    @classmethod
+    def from_options(cls, options: argparse.Namespace) -> Limits:
+        """Return what ``add_options`` was told."""
+        memory = parse_memory_size(options.memory) if options.cgroup else None
+        return cls(memory, options.timeout, options.realtime)
+
+    @staticmethod
+    def add_options(parser: argparse.ArgumentParser, timeout_s: float) -> None:
+        """Add --timeout, --no-cgroup and --realtime; --memory is each script's own."""
+        parser.add_argument("--timeout", type=float, default=timeout_s, help="seconds for one run")
+        parser.add_argument("--no-cgroup", dest="cgroup", action="store_false")
+        parser.add_argument(
+            "--realtime", action="store_true", help="run everything with SCHED_RR (chrt -r 1)"
+        )
 
 
 @dataclass(frozen=True)
@@ -38,6 +67,8 @@ class Finished:
     """Mapped file pages included."""
     cgroup_peak_bytes: int | None
     oom_kills: int
+    other_cores: float
+    """Cores kept busy by others meanwhile, the kernel's own threads included."""
 
     @property
     def failure(self) -> str | None:
@@ -53,24 +84,22 @@ class Finished:
 
 
 def run_measured(
-    command: Sequence[str],
-    *,
-    memory: int | None,
-    timeout_s: float,
-    environment: Mapping[str, str] | None = None,
+    command: Sequence[str], limits: Limits, environment: Mapping[str, str] | None = None
 ) -> Finished:
-    """Run a command, in a memory cgroup of ``memory`` bytes unless that is None.
-
-    The command and everything it started are killed after ``timeout_s`` seconds.
+    """Run a command to its end, or to its time limit: then all that it started is killed.
 
     Raises:
-        CgroupUnavailableError: A cgroup was asked for and cannot be made.
+        SystemExit: A cgroup was asked for and cannot be made.
     """
+    scheduler = ["chrt", "-r", "1"] if limits.realtime else []
+    command = [*scheduler, *command]
     with contextlib.ExitStack() as stack:
-        group = None if memory is None else stack.enter_context(memory_cgroup(memory))
+        group = None
+        if limits.memory is not None:
+            group = stack.enter_context(memory_cgroup(limits.memory))
         out = stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
         err = stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
-        start = time.monotonic()
+        start, busy_s = time.monotonic(), _busy_seconds()
         process = subprocess.Popen(
             command if group is None else group.wrap(command),
             stdin=subprocess.DEVNULL,
@@ -79,8 +108,9 @@ def run_measured(
             env={**os.environ, **(environment or {})},
             start_new_session=True,
         )
-        usage, timed_out = _wait(process, timeout_s)
+        usage, timed_out = _wait(process, limits.timeout_s)
         wall_s = time.monotonic() - start
+        others_s = _busy_seconds() - busy_s - usage.ru_utime - usage.ru_stime
         out.seek(0)
         err.seek(0)
         return Finished(
@@ -93,10 +123,13 @@ def run_measured(
             peak_rss_bytes=usage.ru_maxrss * 1024,
             cgroup_peak_bytes=group.peak_bytes if group else None,
             oom_kills=group.oom_kills if group else 0,
+            other_cores=max(0.0, others_s / wall_s),
         )
 
 
-def _wait(process: subprocess.Popen[bytes], timeout_s: float) -> tuple[os.struct_rusage, bool]:
+def _wait(
+    process: subprocess.Popen[bytes], timeout_s: float
+) -> tuple[resource.struct_rusage, bool]:
     expired = threading.Event()
 
     def kill() -> None:
@@ -111,11 +144,20 @@ def _wait(process: subprocess.Popen[bytes], timeout_s: float) -> tuple[os.struct
         _, status, usage = os.wait4(process.pid, 0)
     except BaseException:
         kill()
+        process.wait()
         raise
     finally:
         timer.cancel()
     process.returncode = os.waitstatus_to_exitcode(status)
     return usage, expired.is_set()
+
+
+def _busy_seconds() -> float:
+    """Return the seconds that all cores together have worked since the machine started."""
+    user, nice, system, _idle, _waiting, interrupts, soft, *_ = map(
+        int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    )
+    return (user + nice + system + interrupts + soft) / os.sysconf("SC_CLK_TCK")
 
 
 def drop_page_cache(directories: Iterable[Path]) -> None:

@@ -18,10 +18,6 @@ if TYPE_CHECKING:
 _JOIN_AND_RUN = 'echo $$ >"$0" && exec "$@"'
 
 
-class CgroupUnavailableError(RuntimeError):
-    """No memory cgroup can be made here; the message says why."""
-
-
 @dataclass(frozen=True)
 class MemoryCgroup:
     """A cgroup that exists; see ``memory_cgroup``."""
@@ -55,7 +51,7 @@ def memory_cgroup(limit: int) -> Iterator[MemoryCgroup]:
     """Make a cgroup of ``limit`` bytes and remove it at the end.
 
     Raises:
-        CgroupUnavailableError: There is no memory controller, or no right to use it.
+        SystemExit: There is no memory controller, or no right to use it.
     """
     root, version = _controller()
     group = MemoryCgroup(root / f"specmoeoff-{os.getpid()}-{time.monotonic_ns()}", version)
@@ -114,8 +110,8 @@ def _remove(path: Path) -> None:
             return
 
 
-def _unavailable(reason: str) -> CgroupUnavailableError:
-    return CgroupUnavailableError(
+def _unavailable(reason: str) -> SystemExit:
+    return SystemExit(
         f"cannot make a memory cgroup ({reason}): run this as root, or with --no-cgroup, "
         "which lets every engine use the page cache of the whole machine"
     )

@@ -34,6 +34,7 @@ class PeerResult:
             "peak_rss_bytes": self.process.peak_rss_bytes,
             "cgroup_peak_bytes": self.process.cgroup_peak_bytes,
             "wall_s": self.process.wall_s,
+            "other_cores": self.process.other_cores,
             "note": self.note,
             "details": self.details,
         }

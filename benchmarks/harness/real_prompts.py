@@ -27,10 +27,20 @@ def real_prompts(model: Path, count: int, max_tokens: int | None = None) -> list
         max_tokens: Cut the question, word by word, until the prompt has no more tokens than this;
             None leaves the questions whole.
     """
+    tokenizer = _tokenizer(model)
+    return [_encode(tokenizer, text, max_tokens) for text in _texts(count)]
+
+
+def as_text(model: Path, token_ids: list[int]) -> str:
+    """Return a prompt as the text it came from, the template's special tokens included."""
+    return _tokenizer(model).decode(token_ids, skip_special_tokens=False)
+
+
+def _tokenizer(model: Path) -> Tokenizer:
     tokenizer = Tokenizer.load(model)
     if tokenizer is None:
         raise SystemExit(f"{model} has no tokenizer.json, and real prompts need one")
-    return [_encode(tokenizer, text, max_tokens) for text in _texts(count)]
+    return tokenizer
 
 
 def _texts(count: int) -> list[str]:

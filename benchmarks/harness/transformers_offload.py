@@ -6,7 +6,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from harness.measured_process import Finished, drop_page_cache, run_measured
+from harness.measured_process import Finished, Limits, drop_page_cache, run_measured
 from harness.peer_result import PeerResult
 
 _PROCESS = Path(__file__).with_name("transformers_process.py")
@@ -21,8 +21,7 @@ def run_transformers(
     max_tokens: int,
     num_threads: int,
     memory: int,
-    cgroup: bool,
-    timeout_s: float,
+    limits: Limits,
     scratch: Path,
 ) -> PeerResult:
     """Run one batch from a cold page cache; prompts are of equal length.
@@ -43,8 +42,7 @@ def run_transformers(
         drop_page_cache([model])
         process = run_measured(
             [str(python), str(_PROCESS), json.dumps(job)],
-            memory=memory if cgroup else None,
-            timeout_s=timeout_s,
+            limits,
             environment={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(num_threads)},
         )
     return _result(prompts, process)

@@ -40,7 +40,7 @@ def main() -> None:
     for batch in options.batch:
         jobs = _jobs(options, batch)
         runs = _alternate(jobs, options)
-        _show(f"batch {batch}", runs)
+        _show(f"batch {batch}", runs, options.k)
         record["results"].append({"batch": batch, **_summary(runs)})
     print(json.dumps(record))
 
@@ -101,10 +101,17 @@ def _alternate(
     return runs
 
 
-def _show(title: str, runs: dict[str, list[EngineRun]]) -> None:
+def _show(title: str, runs: dict[str, list[EngineRun]], k: int) -> None:
     print(f"\n{title}")
     header = ["speculation", "decode tok/s", "min-max", "x off", "full batch tok/s", "x off"]
-    header += ["acceptance", "tokens/verify", "link busy %", "peak RSS MiB", "other cores"]
+    header += [
+        "accepted/drafted",
+        "a",
+        "tokens/verify",
+        "link busy %",
+        "peak RSS MiB",
+        "other cores",
+    ]
     rows = []
     for name, same in runs.items():
         decode = [run.decode_tok_s for run in same]
@@ -118,6 +125,7 @@ def _show(title: str, runs: dict[str, list[EngineRun]]) -> None:
                 number(_median(same, "full_tok_s")),
                 number(_median(same, "full_tok_s") / _median(runs[OFF], "full_tok_s")),
                 number(same[0].acceptance_rate),
+                number(_token_acceptance(stats["mean_acceptance_length"], k)),
                 number(stats["mean_acceptance_length"]),
                 number(100 * stats["link_utilisation"], 0),
                 number(max(run.process.peak_rss_bytes for run in same) / 2**20, 0),
@@ -126,6 +134,22 @@ def _show(title: str, runs: dict[str, list[EngineRun]]) -> None:
         )
     print(table(header, rows))
     print("all runs returned the same tokens", flush=True)
+
+
+def _token_acceptance(mean_length: float, k: int) -> float | None:
+    """Return the a for which chains of k tokens give this mean: 1 + a + a^2 + ... + a^k.
+
+    It is the chance that one token is accepted when all before it were. Chains that were shorter
+    than k (at the end of a sequence, or with ``auto``) make it come out a little low.
+    """
+    if mean_length <= 1.0:
+        return None
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        expected = sum(middle**i for i in range(k + 1))
+        low, high = (middle, high) if expected < mean_length else (low, middle)
+    return low
 
 
 def _summary(runs: dict[str, list[EngineRun]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What is wished (EngineConfig, SpeculativeConfig), was chosen (Policy), and is there (ModelConfig).
+"""What is wished (EngineConfig, SpeculativeConfig), chosen (Policy), and there (ModelConfig).
 
 All four are frozen: a value that must change is replaced, never edited. Shapes and options only;
 nothing here opens a file or knows where weights lie.
@@ -84,7 +84,7 @@ class SpeculativeConfig:
     """Shortest n-gram that is looked up (``ngram`` only)."""
     draft_weight_dtype: Literal["auto", "int8"] = "int8"
     """``int8`` keeps the draft's matrices as int8 with one float32 scale per row, which halves the
-    memory it takes from the target; ``auto`` keeps the checkpoint's dtype. Output depends on neither."""
+    memory it takes from the target; ``auto`` keeps the checkpoint's dtype. Output is the same."""
 
     def __post_init__(self) -> None:
         if self.method not in ("draft_model", "ngram"):

@@ -24,7 +24,7 @@ class CheckpointError(SpecMoEOffError, ValueError):
 
 
 class DoesNotFitError(SpecMoEOffError, ValueError):
-    """The memory budget is too small; the message has the arithmetic and the smallest that works."""
+    """The memory budget is too small; the message has the arithmetic and what would do."""
 
     exit_code = 3
 

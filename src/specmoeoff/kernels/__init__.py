@@ -10,6 +10,7 @@ from specmoeoff.kernels.native import (
     expert_ffn_many,
     linear,
     num_threads,
+    pack_int8_dot,
     quantize_int8,
     rms_norm,
     rope,
@@ -19,9 +20,10 @@ from specmoeoff.kernels.native import (
     use_cpu_target,
     widen,
 )
-from specmoeoff.kernels.reference import Int8Weight, Weight
+from specmoeoff.kernels.reference import Int8DotWeight, Int8Weight, Weight
 
 __all__ = [
+    "Int8DotWeight",
     "Int8Weight",
     "Weight",
     "append_kv",
@@ -33,6 +35,7 @@ __all__ = [
     "expert_ffn_many",
     "linear",
     "num_threads",
+    "pack_int8_dot",
     "quantize_int8",
     "rms_norm",
     "rope",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from specmoeoff.kernels import _native
-from specmoeoff.kernels.reference import Int8Weight
+from specmoeoff.kernels.reference import Int8DotWeight, Int8Weight
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,19 +21,27 @@ if TYPE_CHECKING:
 
     from specmoeoff.kernels.reference import F32, I32, U64, Array, Weight
 
+_INT8_DOT_MOST_K = 1 << 17  # sums of 2^17 products of int8 fit 32 bits
+
 
 def linear(x: F32, weight: Weight, bias: F32 | None = None, out: F32 | None = None) -> F32:
     """Return ``x @ weight.T + bias``: x [T, K], weight [N, K], bias [N] -> [T, N]."""
     if out is None:
         out = np.empty((x.shape[0], _shape(weight, "weight")[0]), np.float32)
-    _native.linear(x, weight, bias, out)
+    if isinstance(weight, Int8DotWeight):
+        _native.int8_dot_linear(x, weight, bias, out)
+    else:
+        _native.linear(x, weight, bias, out)
     return out
 
 
 def embedding(token_ids: I32, weight: Weight) -> F32:
     """Return rows of an embedding table: token_ids [T], weight [V, K] -> [T, K]."""
     out = np.empty((token_ids.shape[0], _shape(weight, "weight")[1]), np.float32)
-    _native.embedding(token_ids, weight, out)
+    if isinstance(weight, Int8DotWeight):
+        _native.int8_dot_embedding(token_ids, weight, out)
+    else:
+        _native.embedding(token_ids, weight, out)
     return out
 
 
@@ -70,7 +78,10 @@ def expert_ffn(
     row_weights: F32 | None = None,
 ) -> None:
     """Add an expert's output: ``out[rows] += row_weights * down(silu(gate x) * up x)``."""
-    _native.expert_ffn(x, gate, up, down, out, rows, row_weights)
+    if isinstance(gate, Int8DotWeight):
+        _native.int8_dot_expert_ffn(x, gate, up, down, out, rows, row_weights)
+    else:
+        _native.expert_ffn(x, gate, up, down, out, rows, row_weights)
 
 
 def expert_ffn_many(
@@ -82,7 +93,10 @@ def expert_ffn_many(
     out: F32,
 ) -> None:
     """``expert_ffn`` for several experts of equal shapes, in order, in one native call."""
-    _native.expert_ffn_many(x, experts, offsets, rows, row_weights, out)
+    if experts and isinstance(experts[0][0], Int8DotWeight):
+        _native.int8_dot_expert_ffn_many(x, experts, offsets, rows, row_weights, out)
+    else:
+        _native.expert_ffn_many(x, experts, offsets, rows, row_weights, out)
 
 
 def widen(weight: Weight) -> F32:
@@ -90,6 +104,10 @@ def widen(weight: Weight) -> F32:
     if isinstance(weight, Int8Weight):
         out = np.empty(weight.values.shape, np.float32)
         _native.widen(weight, out)
+        return out
+    if isinstance(weight, Int8DotWeight):
+        out = np.empty(weight.shape, np.float32)
+        _native.int8_dot_widen(weight, out)
         return out
     flat = np.ascontiguousarray(weight).reshape(1, -1)
     out = np.empty(flat.shape, np.float32)
@@ -107,6 +125,22 @@ def quantize_int8(weight: Weight, group: int | None = None) -> Int8Weight:
     scales = np.empty((n, k // (group or k)), np.float32)
     _native.quantize_int8(weight, values, scales)
     return Int8Weight(values, scales)
+
+
+def pack_int8_dot(weight: Weight) -> Int8DotWeight:
+    """Quantise a matrix [N, K] to int8 with one scale per row, for products of int8 with int8.
+
+    K is at most 131072.
+    """
+    if isinstance(weight, Int8DotWeight):
+        return weight
+    n, k = _shape(weight, "weight")
+    if not 1 <= k <= _INT8_DOT_MOST_K:
+        raise ValueError(f"weight has rows of length {k}; it must be 1 to {_INT8_DOT_MOST_K}")
+    packed = _aligned_int8((-(-n // 16), -(-k // 4), 16, 4))
+    scales = np.empty(n, np.float32)
+    _native.pack_int8_dot(weight, packed, scales)
+    return Int8DotWeight(packed, scales, (n, k))
 
 
 def to_bfloat16(x: F32) -> NDArray[np.uint16]:
@@ -180,6 +214,14 @@ def num_threads() -> int:
 def set_num_threads(n: int) -> None:
     """Set the number of compute threads; at first it is the number of CPUs this process may use."""
     _native.set_num_threads(n)
+
+
+def _aligned_int8(shape: tuple[int, ...]) -> NDArray[np.int8]:
+    """Return int8 memory that begins with a cache line, so that no 64-byte load crosses one."""
+    size = int(np.prod(shape))
+    memory = np.empty(size + 63, np.int8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].reshape(shape)
 
 
 def _shape(weight: Weight, name: str) -> tuple[int, int]:

@@ -40,7 +40,30 @@ class Int8Weight:
         return self.values.nbytes + self.scales.nbytes
 
 
-Weight = NDArray[np.generic] | Int8Weight
+@dataclass(frozen=True)
+class Int8DotWeight:
+    """A matrix rounded to int8 whose products round activations to int8 too: for drafts only.
+
+    Made by ``pack_int8_dot``. A row x of activations becomes q = rint(x / s) with s = max|x| / 127.
+    A product is the exact integer sum of q and the values, times the weight row's scale, times s.
+    K is at most 131072.
+    """
+
+    packed: NDArray[np.int8]
+    """[ceil(N / 16), ceil(K / 4), 16, 4]: (row, column) is at [row // 16, column // 4, row % 16,
+    column % 4]; zeros beyond N and K."""
+    scales: F32
+    """[N]"""
+    shape: tuple[int, int]
+    """(N, K)"""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and scales."""
+        return self.packed.nbytes + self.scales.nbytes
+
+
+Weight = NDArray[np.generic] | Int8Weight | Int8DotWeight
 
 
 def widen(weight: Weight) -> F32:
@@ -50,6 +73,8 @@ def widen(weight: Weight) -> F32:
         groups = weight.scales.shape[1]
         values = weight.values.astype(np.float32).reshape(n, groups, k // groups)
         return (values * weight.scales[:, :, None]).reshape(n, k)
+    if isinstance(weight, Int8DotWeight):
+        return _unpack(weight) * weight.scales[:, None]
     if weight.dtype == np.uint16:
         return (weight.astype(np.uint32) << 16).view(np.float32)
     return weight.astype(np.float32)
@@ -74,9 +99,51 @@ def quantize_int8(weight: Weight, group: int | None = None) -> Int8Weight:
     return Int8Weight(values.reshape(n, k), np.ascontiguousarray(scales, np.float32))
 
 
+def pack_int8_dot(weight: Weight) -> Int8DotWeight:
+    """Quantise a matrix [N, K] to int8 with one scale per row, for products of int8 with int8."""
+    rounded = quantize_int8(weight)
+    n, k = rounded.values.shape
+    padded = np.pad(rounded.values, ((0, -n % 16), (0, -k % 4)))
+    blocks = padded.reshape(-(-n // 16), 16, -(-k // 4), 4).transpose(0, 2, 1, 3)
+    return Int8DotWeight(np.ascontiguousarray(blocks), rounded.scales[:, 0].copy(), (n, k))
+
+
+def _unpack(weight: Int8DotWeight) -> F32:
+    """Return the integers of a packed matrix as float32 [N, K]."""
+    n, k = weight.shape
+    blocks = weight.packed.transpose(0, 2, 1, 3)
+    rows, columns = 16 * blocks.shape[0], 4 * blocks.shape[2]
+    return blocks.reshape(rows, columns)[:n, :k].astype(np.float32)
+
+
+def round_rows(x: F32) -> tuple[F32, F32]:
+    """Round rows [T, K] to the integers -127 to 127: (integers as float32 [T, K], scales [T]).
+
+    A row's scale is its largest magnitude / 127, or NaN if the row has a NaN or an infinity.
+    """
+    finite = np.isfinite(x)
+    scales = np.abs(np.where(finite, x, 0)).max(axis=1) / np.float32(127)
+    safe = np.where(scales == 0, np.float32(1), scales)
+    values = np.rint(np.where(finite, x, 0) / safe[:, None]).clip(-127, 127)
+    return values, np.where(finite.all(axis=1), scales, np.float32(np.nan))
+
+
+def _int8_dot(x: F32, weight: Int8DotWeight) -> F32:
+    values, scales = round_rows(x)
+    # Whole numbers below 2^53: the sums are exact in any order.
+    sums = values.astype(np.float64) @ _unpack(weight).astype(np.float64).T
+    return sums.astype(np.float32) * weight.scales * scales[:, None]
+
+
 def linear(x: F32, weight: Weight, bias: F32 | None = None, out: F32 | None = None) -> F32:
-    """Return ``x @ weight.T + bias``: x [T, K], weight [N, K], bias [N] -> [T, N]."""
-    y = (x.astype(np.float64) @ widen(weight).astype(np.float64).T).astype(np.float32)
+    """Return ``x @ weight.T + bias``: x [T, K], weight [N, K], bias [N] -> [T, N].
+
+    With an ``Int8DotWeight`` x is rounded first; results are specified to the last bit.
+    """
+    if isinstance(weight, Int8DotWeight):
+        y = _int8_dot(x, weight)
+    else:
+        y = (x.astype(np.float64) @ widen(weight).astype(np.float64).T).astype(np.float32)
     if bias is not None:
         y += bias
     if out is None:
@@ -137,7 +204,8 @@ def expert_ffn(
     """Add one expert's output to ``out``: ``out[rows] += row_weights * down(silu(gate x) * up x)``.
 
     x and out [T, K], gate and up [I, K], down [K, I], rows int32 [m] without repeats (None: all
-    rows), row_weights float32 [m] (None: ones).
+    rows), row_weights float32 [m] (None: ones). gate, up and down may be
+    ``Int8DotWeight``, all three; what goes into down is then rounded as x is.
     """
     picked = x if rows is None else x[rows]
     g = linear(picked, gate)
@@ -205,8 +273,8 @@ def chunked_attention(
 
     q [T, H, D]; sequence b's queries are rows q_offsets[b]:q_offsets[b + 1] (n of them, maybe
     none), its KV is kv_lens[b] tokens long, in pages page_tables[b] (int32 [B, max_pages]);
-    its queries are its last n tokens. Query i sees every token before the n new ones, and of the new
-    ones those up to itself, or with ``tree_mask`` (uint64 [T], n <= 64) those whose bit is set.
+    its queries are its last n tokens. Query i sees every token before the n new ones, and of the
+    new ones those up to itself, or with ``tree_mask`` (uint64 [T], n <= 64) those whose bit is set.
     ``sliding_window`` w > 0 hides tokens w or more positions back. ``softcap`` c > 0 replaces a
     score s by c * tanh(s / c). ``sinks`` float32 [H] adds exp(sink) to each softmax sum.
     Returns [T, H, D]. Query head h reads KV head h // (H // G).

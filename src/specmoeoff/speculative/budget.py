@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 TRIALS = 2
 """Steps of each end before the first choice."""
 RETRY_STEPS = 96
-"""After this many steps the other end is tried once more: texts and caches change."""
+"""After this many steps the other end is tried again: texts and caches change."""
 FORGET = 0.25
 """Weight of the newest step in a measured time."""
 
@@ -40,6 +40,7 @@ class _Table:
 
     step_s: dict[int, float] = field(default_factory=dict)
     visits: dict[int, int] = field(default_factory=dict)
+    last_step: dict[int, int] = field(default_factory=dict)
     steps: int = 0
 
 
@@ -67,7 +68,7 @@ class AdaptiveBudget:
             if table.visits.get(end, 0) < TRIALS:
                 return end
         best = max(range(self._most + 1), key=lambda k: self._goodput(table, k))
-        if table.steps % RETRY_STEPS == 0:
+        if table.steps % RETRY_STEPS < TRIALS:
             return 0 if best else self._most
         return best
 
@@ -88,8 +89,11 @@ class AdaptiveBudget:
         visits = table.visits.get(num_drafts, 0)
         table.visits[num_drafts] = visits + 1
         known = table.step_s.get(num_drafts, step_s)
-        # The first step of a kind also pays for what the caches do not hold yet.
-        table.step_s[num_drafts] = step_s if visits < TRIALS else known + FORGET * (step_s - known)
+        # The first step of a kind also pays for what the caches do not hold yet; and what was
+        # measured before the last retry says little about now.
+        is_new = visits < TRIALS or table.steps - table.last_step[num_drafts] > RETRY_STEPS // 2
+        table.step_s[num_drafts] = step_s if is_new else known + FORGET * (step_s - known)
+        table.last_step[num_drafts] = table.steps
         # Only newer evidence outdates evidence: steps without drafts say nothing about drafts.
         if drafted:
             self._proposed = 0.98 * self._proposed + drafted

@@ -7,7 +7,8 @@
 namespace specmoeoff {
 namespace {
 
-constexpr const char* kNames[] = {"scalar", "avx2", "avx512"};
+constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512vnni"};
+constexpr int kNumTargets = 4;
 
 bool Supports(Target target) {
   if (target == Target::kScalar) return true;
@@ -15,8 +16,11 @@ bool Supports(Target target) {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (target == Target::kAvx2) return avx2;
-  return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (target == Target::kAvx512) return avx512;
+  return avx512 && __builtin_cpu_supports("avx512vnni");
 #else
   return false;
 #endif
@@ -28,7 +32,7 @@ Target Parse(const std::string& name, const char* source) {
     if (each == name) break;
     supported += (supported.empty() ? "" : ", ") + each;
   }
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < kNumTargets; ++i) {
     if (name == kNames[i] && Supports(static_cast<Target>(i))) return static_cast<Target>(i);
   }
   throw std::invalid_argument(std::string(source) + " is '" + name +
@@ -39,7 +43,7 @@ Target Default() {
   if (const char* name = std::getenv("SPECMOEOFF_CPU_TARGET"); name && *name) {
     return Parse(name, "SPECMOEOFF_CPU_TARGET");
   }
-  for (int i = 2; i > 0; --i) {
+  for (int i = kNumTargets - 1; i > 0; --i) {
     if (Supports(static_cast<Target>(i))) return static_cast<Target>(i);
   }
   return Target::kScalar;
@@ -51,7 +55,7 @@ std::atomic<int> current{-1};
 
 std::vector<std::string> SupportedTargets() {
   std::vector<std::string> names;
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < kNumTargets; ++i) {
     if (Supports(static_cast<Target>(i))) names.emplace_back(kNames[i]);
   }
   return names;

@@ -6,8 +6,8 @@
 //
 //     Select(&kLinearScalar, SPECMOEOFF_IF_X86(&kLinearAvx2), SPECMOEOFF_IF_X86(&kLinearAvx512))
 //
-// A later target (AVX-512-BF16, AMX) adds an enumerator; families without code for it fall back to
-// the one below.
+// A later target (AVX-512-BF16, AMX) adds an enumerator and a parameter to Select(); families
+// without code for it fall back to the one below.
 #pragma once
 
 #include <string>
@@ -21,9 +21,10 @@
 
 namespace specmoeoff {
 
-enum class Target : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
+enum class Target : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vnni = 3 };
 
-// Names of the targets this CPU supports, worst first: "scalar", "avx2", "avx512".
+// Names of the targets this CPU supports, worst first: "scalar", "avx2", "avx512",
+// "avx512vnni".
 std::vector<std::string> SupportedTargets();
 
 // The target that runs now. The first call honours SPECMOEOFF_CPU_TARGET; throws
@@ -35,8 +36,10 @@ std::string CurrentTargetName();
 void UseTarget(const std::string& name);
 
 template <class Kernels>
-const Kernels& Select(const Kernels* scalar, const Kernels* avx2, const Kernels* avx512) {
+const Kernels& Select(const Kernels* scalar, const Kernels* avx2, const Kernels* avx512,
+                      const Kernels* avx512vnni = nullptr) {
   const Target target = CurrentTarget();
+  if (target >= Target::kAvx512Vnni && avx512vnni) return *avx512vnni;
   if (target >= Target::kAvx512 && avx512) return *avx512;
   if (target >= Target::kAvx2 && avx2) return *avx2;
   return *scalar;

@@ -13,6 +13,7 @@ namespace nb = nanobind;
 // Each is defined in its <family>_bindings.cc.
 void BindLinear(nb::module_& m);
 void BindElementwise(nb::module_& m);
+void BindInt8Dot(nb::module_& m);
 void BindRoof(nb::module_& m);
 #if defined(SPECMOEOFF_HAS_ATTENTION)
 void BindAttention(nb::module_& m);
@@ -36,6 +37,7 @@ NB_MODULE(_native, m) {
       nb::arg("n"));
   BindLinear(m);
   BindElementwise(m);
+  BindInt8Dot(m);
   BindRoof(m);
 #if defined(SPECMOEOFF_HAS_ATTENTION)
   BindAttention(m);

@@ -1,0 +1,121 @@
+// int8_dot for Python: arguments are checked here, the work runs without the
+// GIL.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
+
+#include <string>
+#include <utility>
+
+#include "arguments.h"
+#include "expert_ffn_bindings.h"
+#include "int8_dot.h"
+
+namespace nb = nanobind;
+
+namespace specmoeoff {
+namespace {
+
+// An object with `packed` (int8), `scales` (float32 [N]) and `shape` (N, K);
+// keeps the arrays alive.
+class Int8DotArgument {
+ public:
+  // Throws TypeError or ValueError naming the argument.
+  Int8DotArgument(nb::handle object, const std::string& name) {
+    std::pair<int64_t, int64_t> shape;
+    if (!nb::hasattr(object, "packed") || !nb::hasattr(object, "scales") ||
+        !nb::hasattr(object, "shape") || !nb::try_cast(nb::object(object.attr("shape")), shape)) {
+      throw nb::type_error((name + " must be an Int8DotWeight, as the others are").c_str());
+    }
+    weight_.n = shape.first;
+    weight_.k = shape.second;
+    if (weight_.n < 0 || weight_.k < 1 || weight_.k > kInt8MostK) {
+      throw nb::value_error((name + " has rows of length " + std::to_string(weight_.k) +
+                             "; it must be 1 to " + std::to_string(kInt8MostK))
+                                .c_str());
+    }
+    const std::string packed = name + ".packed", scales = name + ".scales";
+    packed_ = Array(nb::object(object.attr("packed")), packed.c_str(), {Dtype::kInt8}, 4);
+    scales_ = Array(nb::object(object.attr("scales")), scales.c_str(), {Dtype::kFloat32}, 1);
+    RequireShape(packed_, packed.c_str(),
+                 {CeilDivide(weight_.n, kInt8Block), weight_.steps(), kInt8Block, 4});
+    RequireShape(scales_, scales.c_str(), {weight_.n});
+    weight_.packed = packed_.data<int8_t>();
+    weight_.scales = scales_.data<float>();
+  }
+
+  const Int8DotWeight& operator*() const { return weight_; }
+  const Int8DotWeight* operator->() const { return &weight_; }
+
+ private:
+  Array packed_;
+  Array scales_;
+  Int8DotWeight weight_;
+};
+
+void LinearCall(nb::handle x_object, nb::handle weight_object, nb::handle bias_object,
+                nb::handle out_object) {
+  const Array x(x_object, "x", {Dtype::kFloat32}, 2);
+  const Int8DotArgument weight(weight_object, "weight");
+  const Array out(out_object, "out", {Dtype::kFloat32}, 2, /*writable=*/true);
+  Array bias;
+  if (!bias_object.is_none()) {
+    bias = Array(bias_object, "bias", {Dtype::kFloat32}, 1);
+    RequireShape(bias, "bias", {weight->n});
+  }
+  RequireShape(x, "x", {x.dim(0), weight->k});
+  RequireShape(out, "out", {x.dim(0), weight->n});
+  nb::gil_scoped_release release;
+  Int8DotLinear(x.data<float>(), x.dim(0), *weight, bias ? bias.data<float>() : nullptr,
+                out.data<float>());
+}
+
+void EmbeddingCall(nb::handle ids_object, nb::handle weight_object, nb::handle out_object) {
+  const Array ids(ids_object, "token_ids", {Dtype::kInt32}, 1);
+  const Int8DotArgument weight(weight_object, "weight");
+  const Array out(out_object, "out", {Dtype::kFloat32}, 2, /*writable=*/true);
+  RequireInRange(ids, "token_ids", weight->n);
+  RequireShape(out, "out", {ids.dim(0), weight->k});
+  nb::gil_scoped_release release;
+  WidenInt8Dot(*weight, ids.data<int32_t>(), ids.dim(0), out.data<float>());
+}
+
+void WidenCall(nb::handle weight_object, nb::handle out_object) {
+  const Int8DotArgument weight(weight_object, "weight");
+  const Array out(out_object, "out", {Dtype::kFloat32}, 2, /*writable=*/true);
+  RequireShape(out, "out", {weight->n, weight->k});
+  nb::gil_scoped_release release;
+  WidenInt8Dot(*weight, nullptr, weight->n, out.data<float>());
+}
+
+void PackCall(nb::handle weight_object, nb::handle packed_object, nb::handle scales_object) {
+  const WeightArgument weight(weight_object, "weight");
+  const Array packed(packed_object, "packed", {Dtype::kInt8}, 4,
+                     /*writable=*/true);
+  const Array scales(scales_object, "scales", {Dtype::kFloat32}, 1,
+                     /*writable=*/true);
+  RequireShape(packed, "packed",
+               {CeilDivide(weight->n, kInt8Block), CeilDivide(weight->k, 4), kInt8Block, 4});
+  RequireShape(scales, "scales", {weight->n});
+  nb::gil_scoped_release release;
+  PackInt8Dot(*weight, packed.data<int8_t>(), scales.data<float>());
+}
+
+}  // namespace
+}  // namespace specmoeoff
+
+void BindInt8Dot(nb::module_& m) {
+  using namespace specmoeoff;
+  m.def("int8_dot_linear", &LinearCall, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(),
+        nb::arg("out"));
+  m.def("int8_dot_expert_ffn", &ExpertFfnCall<Int8DotArgument, Int8DotExpert, &Int8DotExpertFfn>,
+        nb::arg("x"), nb::arg("gate"), nb::arg("up"), nb::arg("down"), nb::arg("out"),
+        nb::arg("rows").none() = nb::none(), nb::arg("row_weights").none() = nb::none());
+  m.def("int8_dot_expert_ffn_many",
+        &ExpertFfnManyCall<Int8DotArgument, Int8DotExpert, &Int8DotExpertFfn>, nb::arg("x"),
+        nb::arg("experts"), nb::arg("offsets"), nb::arg("rows"), nb::arg("row_weights"),
+        nb::arg("out"));
+  m.def("int8_dot_embedding", &EmbeddingCall, nb::arg("token_ids"), nb::arg("weight"),
+        nb::arg("out"));
+  m.def("int8_dot_widen", &WidenCall, nb::arg("weight"), nb::arg("out"));
+  m.def("pack_int8_dot", &PackCall, nb::arg("weight"), nb::arg("packed"), nb::arg("scales"));
+}

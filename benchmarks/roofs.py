@@ -44,8 +44,8 @@ def measure_roofs() -> Roofs:
     """Measure both roofs; takes about a second."""
     data = np.ones(READ_BYTES // 4, np.float32)
     return Roofs(
-        read_bandwidth=_native.measure_read_bandwidth(data, 10),
-        multiply_add=_native.measure_fma(10),
+        read_bandwidth=_native.measure_read_bandwidth(data, 200),
+        multiply_add=_native.measure_fma(300),
         num_threads=kernels.num_threads(),
         cpu_target=kernels.cpu_target(),
     )

@@ -10,8 +10,10 @@ namespace specmoeoff {
 namespace {
 
 constexpr int64_t kPieceFloats = 256 << 10;
-constexpr int64_t kRounds = 200 << 10;
-constexpr int64_t kPiecesPerThread = 16;
+// Passes are short, a millisecond or two, so that on a busy machine the best one ran undisturbed.
+constexpr int64_t kWindowFloats = 16 << 20;
+constexpr int64_t kRounds = 50 << 10;
+constexpr int64_t kPiecesPerThread = 4;
 
 const RoofKernels& Current() {
   return Select(&kRoofScalar, SPECMOEOFF_IF_X86(&kRoofAvx2), SPECMOEOFF_IF_X86(&kRoofAvx512));
@@ -36,14 +38,17 @@ double BestSeconds(int repeats, F pass) {
 
 double MeasureReadBandwidth(const float* data, int64_t count, int repeats) {
   const RoofKernels& kernels = Current();
-  const int64_t pieces = (count + kPieceFloats - 1) / kPieceFloats;
+  const int64_t window = std::min(count, kWindowFloats);
+  const int64_t pieces = (window + kPieceFloats - 1) / kPieceFloats;
+  int64_t start = 0;
   const double seconds = BestSeconds(repeats, [&] {
     ParallelFor(pieces, [&](int64_t piece) {
       const int64_t begin = piece * kPieceFloats;
-      Use(kernels.read(data + begin, std::min(kPieceFloats, count - begin)));
+      Use(kernels.read(data + start + begin, std::min(kPieceFloats, window - begin)));
     });
+    start = start + 2 * window <= count ? start + window : 0;
   });
-  return static_cast<double>(count) * sizeof(float) / seconds;
+  return static_cast<double>(window) * sizeof(float) / seconds;
 }
 
 double MeasureMultiplyAdd(int repeats) {

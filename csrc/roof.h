@@ -19,7 +19,8 @@ extern const RoofKernels kRoofScalar;
 extern const RoofKernels kRoofAvx2;
 extern const RoofKernels kRoofAvx512;
 
-// Bytes per second at which all threads together read `count` floats; the best of `repeats` passes.
+// Bytes per second at which all threads together read `data`; the best of `repeats` passes, each
+// over the next 64 MiB of it, so give it more than the caches hold.
 double MeasureReadBandwidth(const float* data, int64_t count, int repeats);
 
 // Floating-point operations per second of all threads together; the best of `repeats` passes.

@@ -13,7 +13,6 @@ import numpy as np
 
 from specmoeoff import kernels
 from specmoeoff.errors import CheckpointError
-from specmoeoff.kernels import Int8Weight
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -132,6 +131,6 @@ def _by_shape(weights: ModelWeights) -> dict[tuple[tuple[int, ...], str], list[M
     known: dict[tuple[tuple[int, ...], str], list[Matrix]] = {}
     for tensors in (weights.globals, *weights.layers):
         for tensor in tensors.values():
-            if not isinstance(tensor, Int8Weight) and tensor.ndim == 2:
+            if isinstance(tensor, np.ndarray) and tensor.ndim == 2:
                 known.setdefault((tensor.shape, tensor.dtype.str), []).append(tensor)
     return known

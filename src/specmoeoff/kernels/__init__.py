@@ -20,7 +20,7 @@ from specmoeoff.kernels.native import (
     use_cpu_target,
     widen,
 )
-from specmoeoff.kernels.reference import Int8DotWeight, Int8Weight, Weight
+from specmoeoff.kernels.weights import Int8DotWeight, Int8Weight, Weight
 
 __all__ = [
     "Int8DotWeight",

@@ -3,7 +3,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from specmoeoff.kernels.reference import F32, I32, U64, Array, Int8DotWeight, Weight
+from specmoeoff.kernels.weights import F32, I32, U64, Array, Int8DotWeight, Weight
 
 def linear(x: F32, weight: Weight, bias: F32 | None, out: F32) -> None: ...
 def embedding(token_ids: I32, weight: Weight, out: F32) -> None: ...

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from specmoeoff.kernels import _native
-from specmoeoff.kernels.reference import Int8DotWeight, Int8Weight
+from specmoeoff.kernels.weights import Int8DotWeight, Int8Weight
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-    from specmoeoff.kernels.reference import F32, I32, U64, Array, Weight
+    from specmoeoff.kernels.weights import F32, I32, U64, Array, Weight
 
 _INT8_DOT_MOST_K = 1 << 17  # sums of 2^17 products of int8 fit 32 bits
 

@@ -1,0 +1,57 @@
+"""What a weight matrix can be: float32, float16, bfloat16 bits, or one of two forms of int8.
+
+Names for the arrays that kernels take, too. What is done with them is in ``reference``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+F32 = NDArray[np.float32]
+I32 = NDArray[np.int32]
+U64 = NDArray[np.uint64]
+Array = NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class Int8Weight:
+    """A matrix quantised to int8, symmetric, with float32 scales along the inner dimension."""
+
+    values: NDArray[np.int8]
+    """[N, K]"""
+    scales: F32
+    """[N, K // group]; a group is a run of the inner dimension, K itself for one scale per row."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and scales."""
+        return self.values.nbytes + self.scales.nbytes
+
+
+@dataclass(frozen=True)
+class Int8DotWeight:
+    """A matrix rounded to int8 whose products round activations to int8 too: for drafts only.
+
+    Made by ``pack_int8_dot``. A row x of activations becomes q = rint(x / s) with s = max|x| / 127.
+    A product is the exact integer sum of q and the values, times the weight row's scale, times s.
+    K is at most 131072.
+    """
+
+    packed: NDArray[np.int8]
+    """[ceil(N / 16), ceil(K / 4), 16, 4]: (row, column) is at [row // 16, column // 4, row % 16,
+    column % 4]; zeros beyond N and K."""
+    scales: F32
+    """[N]"""
+    shape: tuple[int, int]
+    """(N, K)"""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and scales."""
+        return self.packed.nbytes + self.scales.nbytes
+
+
+Weight = NDArray[np.generic] | Int8Weight | Int8DotWeight

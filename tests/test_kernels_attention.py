@@ -54,19 +54,28 @@ def on_each_target(problem: Problem) -> np.ndarray:
     return results[-1]
 
 
+def largest_score_magnitude(problem: Problem) -> float:
+    """Return the largest sum of |q| |k| behind any score, scaled."""
+    largest, start = 0.0, 0
+    group = problem.q.shape[1] // problem.keys[0].shape[1]
+    for keys, n in zip(problem.keys, problem.num_queries, strict=True):
+        q = np.abs(problem.q[start : start + n]).astype(np.float64)
+        k = np.repeat(np.abs(keys), group, axis=1)
+        start += n
+        largest = max(largest, float(np.einsum("nhd,thd->nht", q, k).max(initial=0)))
+    return problem.scale * largest
+
+
 def bound(problem: Problem) -> float:
     """Most that an output can be off.
 
-    A score is off by its additions times its largest possible magnitude, a probability by twice
+    A score is off by its additions times the magnitude of what is added, a probability by twice
     that (relative), the weighted sum of values by its additions in a row on top.
     """
-    dim = problem.q.shape[2]
-    longest = max(problem.lens, default=0)
-    largest_k = max((float(np.abs(k).max(initial=0)) for k in problem.keys), default=0.0)
-    largest_v = max((float(np.abs(v).max(initial=0)) for v in problem.values), default=0.0)
-    magnitude = problem.scale * largest_k * float(np.abs(problem.q).sum(axis=2).max(initial=0))
-    score = (dim + 4) * EPS * magnitude + 8 * EPS * problem.options.get("softcap", 0.0)
-    additions = min(longest, RANGE) + longest // RANGE + 32
+    additions = min(max(problem.lens), RANGE) + max(problem.lens) // RANGE + 32
+    score = (problem.q.shape[2] + 4) * EPS * largest_score_magnitude(problem)
+    score += 8 * EPS * problem.options.get("softcap", 0.0)
+    largest_v = max(float(np.abs(v).max(initial=0)) for v in problem.values)
     return (2 * score + additions * EPS) * largest_v + 1e-30
 
 

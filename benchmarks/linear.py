@@ -6,8 +6,9 @@ Weights rotate through more memory than the caches hold, so few rows read RAM as
 does. A percentage is the time the nearer roof allows (bytes at the measured read bandwidth, or
 FLOPs at the measured float32 multiply-add rate) over the time taken. Each figure is the best of
 several turns, ours and torch's alternating. "over f32" is torch's time with float32 weights and
-activations over ours with bfloat16 weights and float32 activations; "over bf16" is torch's with both in
-bfloat16, which rounds activations and may use the CPU's bfloat16 dot product. The last line is JSON.
+activations over ours with bfloat16 weights and float32 activations; "over bf16" is torch's with
+both in bfloat16, which rounds activations and may use the CPU's bfloat16 dot product. The last
+line is JSON.
 """
 
 from __future__ import annotations
@@ -140,6 +141,7 @@ def main() -> None:
     rows_list = [1, 4, 16, 64] if args.quick else ROWS
     records = []
     for name in names:
+        roofs = roofs.best_with(measure_roofs())
         records += bench_shape(name, rows_list, roofs, 0.05 if args.quick else 0.2)
     print(json.dumps({"benchmark": "linear", "roofs": roofs.as_dict(), "results": records}))
 

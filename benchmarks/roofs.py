@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -26,6 +26,14 @@ class Roofs:
     def share(self, seconds: float, num_bytes: float, flops: float) -> float:
         """Return the least possible time over ``seconds``: 1 is a kernel at its roof."""
         return max(num_bytes / self.read_bandwidth, flops / self.multiply_add) / seconds
+
+    def best_with(self, other: Roofs) -> Roofs:
+        """Return the higher of each roof: a busy machine measures them too low, never too high."""
+        return replace(
+            self,
+            read_bandwidth=max(self.read_bandwidth, other.read_bandwidth),
+            multiply_add=max(self.multiply_add, other.multiply_add),
+        )
 
     def describe(self) -> str:
         """Return one line for people."""

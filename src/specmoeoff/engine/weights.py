@@ -70,7 +70,7 @@ class Loader:
                 self.shared_bytes += self.stored_bytes(spec)
                 return known
         if self._to_int8 and tensor.ndim == 2:
-            return kernels.quantize_int8(tensor)
+            return kernels.pack_int8_dot(tensor)
         return tensor
 
     def stored_bytes(self, spec: TensorSpec) -> int:
@@ -80,7 +80,7 @@ class Loader:
         if spec.widen:
             return 4 * count
         if self._to_int8 and len(spec.shape) == 2:
-            return count + 4 * spec.shape[0]
+            return kernels.packed_int8_bytes(*spec.shape)
         return ref.nbytes
 
 

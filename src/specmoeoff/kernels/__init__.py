@@ -20,7 +20,7 @@ from specmoeoff.kernels.native import (
     use_cpu_target,
     widen,
 )
-from specmoeoff.kernels.weights import Int8DotWeight, Int8Weight, Weight
+from specmoeoff.kernels.weights import Int8DotWeight, Int8Weight, Weight, packed_int8_bytes
 
 __all__ = [
     "Int8DotWeight",
@@ -36,6 +36,7 @@ __all__ = [
     "linear",
     "num_threads",
     "pack_int8_dot",
+    "packed_int8_bytes",
     "quantize_int8",
     "rms_norm",
     "rope",

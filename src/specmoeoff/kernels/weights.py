@@ -54,4 +54,9 @@ class Int8DotWeight:
         return self.packed.nbytes + self.scales.nbytes
 
 
+def packed_int8_bytes(n: int, k: int) -> int:
+    """Return the ``nbytes`` of an Int8DotWeight of shape (n, k)."""
+    return -(-n // 16) * 16 * -(-k // 4) * 4 + 4 * n
+
+
 Weight = NDArray[np.generic] | Int8Weight | Int8DotWeight

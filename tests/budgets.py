@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from specmoeoff.config import EngineConfig, SpeculativeConfig
 from specmoeoff.engine import memory_plan
 from specmoeoff.errors import DoesNotFitError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MIB = 1 << 20
 

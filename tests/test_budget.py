@@ -1,8 +1,8 @@
-"""The draft budget: fixed stays fixed; adaptive finds k, 0 or what lies between from measurements."""
+"""The draft budget: fixed stays fixed; adaptive finds k, 0 or what lies between by measuring."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -10,6 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specmoeoff.speculative.budget import RETRY_STEPS, TRIALS, AdaptiveBudget, FixedBudget
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def simulate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,6 @@ def test_neighbours_share_a_read_and_strangers_do_not(refs: dict[str, TensorRef]
     order = sorted(refs.values(), key=lambda ref: (ref.file, ref.offset))
     breaks = sum(
         a.file != b.file or b.offset - a.offset - a.nbytes > MAX_GAP_BYTES
-        for a, b in zip(order, order[1:], strict=False)
+        for a, b in itertools.pairwise(order)
     )
     assert len(lay_out("expert", refs).segments) == breaks + 1

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -19,6 +18,10 @@ from specmoeoff.offload.expert_layout import ExpertLayout, lay_out
 from specmoeoff.offload.expert_store import ExpertStore
 from specmoeoff.offload.reader import Read, Reader
 from tiny import write_safetensors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 LAYERS, EXPERTS = 3, 4
 ROWS, COLUMNS = 30, 70

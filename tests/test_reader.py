@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -17,6 +17,9 @@ from specmoeoff.errors import StreamError
 from specmoeoff.offload import reader as reader_module
 from specmoeoff.offload.arena import Arena
 from specmoeoff.offload.reader import ALIGNMENT, Reader, Segment
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 FILE_BYTES = 37 * ALIGNMENT + 123
 
@@ -136,7 +139,7 @@ def test_a_file_put_back_by_rename_is_read_again(
 ) -> None:
     read_all(reader, file)
     os.truncate(file, 0)
-    with pytest.raises(StreamError, match="shard.safetensors"):
+    with pytest.raises(StreamError, match=r"shard\.safetensors"):
         read_all(reader, file)
     other = tmp_path / "other"
     other.write_bytes(content)
@@ -252,7 +255,7 @@ def test_close_fails_what_is_queued_and_refuses_more(
 
 
 def test_no_descriptor_is_left_open(file: Path, content: bytes) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     reader = Reader(piece_bytes=4 * ALIGNMENT)
     for _ in range(5):
         assert read_all(reader, file) == content
@@ -261,4 +264,4 @@ def test_no_descriptor_is_left_open(file: Path, content: bytes) -> None:
             read_all(reader, file)
         file.write_bytes(content)
     reader.close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -14,6 +13,9 @@ from hypothesis import strategies as st
 from budgets import MIB, forget_this_process, smallest_budget
 from specmoeoff import LLM, SamplingParams, SpeculativeConfig
 from tiny import EOS_TOKEN_ID, write_draft, write_tiny
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
 LENGTHS = (1, 2, 3, 5, 9, 17, 31, 32, 33, 40, 64, 65, 70, 90, 7, 12)

@@ -1,15 +1,17 @@
-"""Greedy tokens and log-probabilities equal Transformers in float32, on tiny models of odd shapes."""
+"""Greedy tokens and log-probabilities equal Transformers' in float32, on models of odd shapes."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 from specmoeoff import LLM, SamplingParams, SpeculativeConfig
 from tiny import EOS_TOKEN_ID, write_draft, write_tiny
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

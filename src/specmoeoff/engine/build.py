@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from specmoeoff import kernels
@@ -9,6 +10,7 @@ from specmoeoff.engine.engine import Engine, Parts
 from specmoeoff.engine.forward import Forward, ResidentExperts, Span
 from specmoeoff.engine.memory_plan import MemoryPlan, make_plan, open_models
 from specmoeoff.engine.weights import Loader, ModelWeights, load_dense, load_whole
+from specmoeoff.errors import InvalidInputError
 from specmoeoff.offload.elastic import ElasticMemory
 from specmoeoff.offload.expert_store import ExpertStore
 from specmoeoff.offload.kv_cache import KvCache
@@ -35,11 +37,15 @@ def build_engine(config: EngineConfig) -> Engine:
     Raises:
         CheckpointError: A model cannot be used.
         DoesNotFitError: The budget is too small; nothing was read.
+        InvalidInputError: This CPU does not have the target.
     """
     if config.cpu_target is not None:
-        kernels.use_cpu_target(config.cpu_target)
-    if config.num_threads is not None:
-        kernels.set_num_threads(config.num_threads)
+        try:
+            kernels.use_cpu_target(config.cpu_target)
+        except ValueError as error:
+            raise InvalidInputError(str(error)) from None
+    # Always: an earlier engine of this process may have set another number.
+    kernels.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
     target_files, draft_files = open_models(config)
     plan = make_plan(config, target_files, draft_files)
     weights = load_dense(target_files.model, Loader(target_files.checkpoint))

@@ -1,0 +1,289 @@
+"""Disks fail, users interrupt, callers leave: one sentence, an engine that goes on, the same tokens."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from budgets import forget_this_process, smallest_budget
+from specmoeoff import LLM, SamplingParams, SpeculativeConfig, kernels
+from specmoeoff.errors import CheckpointError, StreamError
+from specmoeoff.offload import reader as reader_module
+from specmoeoff.offload.checkpoint import Checkpoint
+from specmoeoff.outputs import RequestOutput
+from tiny import write_draft, write_tiny
+
+GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+PROMPTS = [{"prompt_token_ids": [i, 2 * i, 7]} for i in range(1, 7)]
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(
+        tmp_path_factory.mktemp("faults") / "target",
+        seed=5,
+        sharded=True,
+        expert_spread=0.1,
+        hidden_size=88,
+        intermediate_size=384,
+        num_hidden_layers=3,
+    )
+
+
+@pytest.fixture(scope="module")
+def draft(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_draft(original, tmp_path_factory.mktemp("faults") / "draft")
+
+
+@pytest.fixture
+def checkpoint(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "target"))
+
+
+@pytest.fixture(params=["off", "draft"])
+def llm(
+    request: pytest.FixtureRequest, checkpoint: Path, draft: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[LLM]:
+    """At the smallest budget, so that every pass streams."""
+    forget_this_process(monkeypatch)
+    speculative = SpeculativeConfig(model=str(draft)) if request.param == "draft" else None
+    memory = smallest_budget(checkpoint, speculative)
+    with LLM(str(checkpoint), memory=memory, speculative_config=speculative) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def expected(original: Path) -> list[list[int]]:
+    with LLM(str(original), memory="4GiB") as llm:
+        return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, GREEDY)]
+
+
+def tokens(outputs: list[RequestOutput]) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def shards(checkpoint: Path) -> list[Path]:
+    return sorted(checkpoint.glob("*.safetensors"))
+
+
+def one_sentence(error: BaseException) -> str:
+    text = str(error)
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("moment", ["before", "while running"])
+def test_a_truncated_shard(
+    llm: LLM, checkpoint: Path, expected: list[list[int]], moment: str
+) -> None:
+    shard = shards(checkpoint)[1]
+    content = shard.read_bytes()
+    if moment == "before":
+        os.truncate(shard, 5000)
+        with pytest.raises(StreamError) as error:
+            llm.generate(PROMPTS, GREEDY)
+    else:
+        stream = llm.generate_stream(PROMPTS, GREEDY)
+        next(stream)
+        os.truncate(shard, 5000)
+        with pytest.raises(StreamError) as error:
+            list(stream)
+    message = one_sentence(error.value)
+    assert shard.name in message
+    assert "truncated" in message
+    with pytest.raises(StreamError):
+        llm.generate(PROMPTS, GREEDY)
+    shard.write_bytes(content)
+    assert tokens(llm.generate(PROMPTS, GREEDY)) == expected
+
+
+def test_a_shard_removed_while_running_stays_readable(
+    llm: LLM, checkpoint: Path, expected: list[list[int]]
+) -> None:
+    run = llm.iter_completed(PROMPTS, [GREEDY] * 5 + [GREEDY.replace(max_tokens=4)])
+    next(run)
+    for shard in shards(checkpoint):
+        shard.unlink()
+    rest = sorted(run, key=lambda output: int(output.request_id))
+    assert tokens(rest) == expected[:5]
+
+
+def test_a_shard_removed_before_it_was_opened(
+    llm: LLM, checkpoint: Path, expected: list[list[int]]
+) -> None:
+    for shard in shards(checkpoint):
+        shard.rename(shard.with_suffix(".away"))
+    with pytest.raises(StreamError, match=r"model-0000\d-of-00003\.safetensors: .*No such file"):
+        llm.generate(PROMPTS, GREEDY)
+    for shard in checkpoint.glob("*.away"):
+        shard.rename(shard.with_suffix(".safetensors"))
+    assert tokens(llm.generate(PROMPTS, GREEDY)) == expected
+
+
+def failing_every(number: int, error: BaseException, real: Callable[..., object]) -> object:
+    calls = []
+
+    def call(*args: object, **options: object) -> object:
+        calls.append(1)
+        if len(calls) % number == 0:
+            raise error
+        return real(*args, **options)
+
+    return call
+
+
+@pytest.mark.parametrize("every", [1, 7, 40])
+def test_read_errors(
+    llm: LLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    error = OSError(5, "Input/output error")
+    with monkeypatch.context() as patch:
+        patch.setattr(reader_module.os, "preadv", failing_every(every, error, os.preadv))
+        with pytest.raises(StreamError, match=r"safetensors: reading expert .* Input/output"):
+            for _ in range(50):
+                llm.generate(PROMPTS, GREEDY)
+    assert tokens(llm.generate(PROMPTS, GREEDY)) == expected
+
+
+@pytest.mark.parametrize("kernel", ["expert_ffn_many", "chunked_attention", "append_kv"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), RuntimeError("surprise")])
+@pytest.mark.parametrize("call", [1, 5, 37])
+def test_an_exception_in_the_middle_of_a_step(
+    llm: LLM,
+    expected: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    kernel: str,
+    error: BaseException,
+    call: int,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, kernel, failing_every(call, error, getattr(kernels, kernel)))
+        with pytest.raises(type(error)):
+            llm.generate(PROMPTS, GREEDY)
+    assert not llm._engine.has_work
+    assert llm._engine._target.kv.num_used == 0
+    assert tokens(llm.generate(PROMPTS, GREEDY)) == expected
+
+
+def test_an_interrupt_while_waiting_for_the_disk(
+    llm: LLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = reader_module.Read.wait
+    for call in (1, 2, 5, 13):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                reader_module.Read, "wait", failing_every(call, KeyboardInterrupt(), real)
+            )
+            with pytest.raises(KeyboardInterrupt):
+                llm.generate(PROMPTS, GREEDY)
+    assert tokens(llm.generate(PROMPTS, GREEDY)) == expected
+
+
+def test_finished_requests_are_whole_when_a_later_step_fails(
+    llm: LLM, checkpoint: Path, expected: list[list[int]]
+) -> None:
+    params = [GREEDY.replace(max_tokens=4) if i % 2 else GREEDY for i in range(6)]
+    finished: list[RequestOutput] = []
+    shard = shards(checkpoint)[2]
+    with pytest.raises(StreamError, match=shard.name):
+        for output in llm.iter_completed(PROMPTS, params):
+            finished.append(output)
+            if len(finished) == 3:
+                os.truncate(shard, 9000)
+    assert sorted(int(output.request_id) for output in finished) == [1, 3, 5]
+    for output in finished:
+        number = int(output.request_id)
+        assert output.outputs[0].token_ids == expected[number][:4]
+        assert output.outputs[0].finish_reason == "length"
+
+
+def test_the_engine_goes_on_after_a_failed_step(
+    llm: LLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Below LLM a failed step loses no request: the next step reads its tokens again."""
+    engine = llm._engine
+    requests = [
+        engine.add_request(str(i), prompt["prompt_token_ids"], GREEDY)
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    for number in range(1000):
+        if not engine.has_work:
+            break
+        if number in (1, 2, 6):
+            with monkeypatch.context() as patch:
+                error = OSError(5, "Input/output error")
+                patch.setattr(reader_module.os, "preadv", failing_every(1, error, os.preadv))
+                with pytest.raises(StreamError):
+                    engine.step()
+        engine.step()
+    assert all(request.num_preemptions >= 2 for request in requests)
+    assert [request.sequences[0].output_token_ids for request in requests] == expected
+
+
+def test_closing_in_the_middle_of_a_run_ends_it(llm: LLM) -> None:
+    stream = llm.generate_stream(PROMPTS, GREEDY)
+    next(stream)
+    llm.close()
+    with pytest.raises(StreamError, match="closed"):
+        list(stream)
+
+
+def damage(checkpoint: Path, name: str, value: float) -> Path:
+    """Overwrite a tensor's first element, of bfloat16."""
+    ref = Checkpoint.open(checkpoint).tensors[name]
+    bits = np.array([value], np.float32).view(np.uint32) >> 16
+    with ref.file.open("r+b") as file:
+        file.seek(ref.offset)
+        file.write(bits.astype(np.uint16).tobytes())
+    return ref.file
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    "tensor",
+    ["layers.1.block_sparse_moe.gate", "layers.0.input_layernorm", "norm"],
+)
+def test_a_tensor_that_is_not_finite(checkpoint: Path, tensor: str, value: float) -> None:
+    file = damage(checkpoint, f"model.{tensor}.weight", value)
+    with pytest.raises(CheckpointError) as error:
+        LLM(str(checkpoint), memory="4GiB")
+    assert file.name in one_sentence(error.value)
+    assert tensor in one_sentence(error.value)
+
+
+def test_nan_in_a_matrix_is_found_in_the_logits(
+    checkpoint: Path, expected: list[list[int]]
+) -> None:
+    damage(checkpoint, "model.layers.0.self_attn.o_proj.weight", np.nan)
+    with (
+        LLM(str(checkpoint), memory="4GiB") as llm,
+        pytest.raises(CheckpointError, match="NaN or infinite"),
+    ):
+        llm.generate(PROMPTS, GREEDY)
+
+
+def test_a_wrong_shape(tmp_path: Path) -> None:
+    directory = write_tiny(tmp_path / "target")
+    config = directory / "config.json"
+    config.write_text(
+        config.read_text().replace('"intermediate_size": 84', '"intermediate_size": 80')
+    )
+    with pytest.raises(CheckpointError) as error:
+        LLM(str(directory), memory="4GiB")
+    message = one_sentence(error.value)
+    assert "model.safetensors" in message
+    assert "[84, 60]" in message
+    assert "[80, 60]" in message
+
+
+def test_a_missing_tensor(checkpoint: Path) -> None:
+    index = checkpoint / "model.safetensors.index.json"
+    name = "model.layers.2.block_sparse_moe.experts.1.w2.weight"
+    index.write_text(index.read_text().replace(name, "model.other"))
+    with pytest.raises(CheckpointError):
+        LLM(str(checkpoint), memory="4GiB")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from typing import Any
 
 import torch
@@ -53,6 +54,9 @@ def main() -> None:
                 guesses = draft(whole).logits[0, prompt.shape[1] - 1 : -1].argmax(-1)
                 agreed[path] += int((guesses == whole[0, prompt.shape[1] :]).sum())
         num_tokens += whole.shape[1] - prompt.shape[1]
+        print(
+            f"{num_tokens} tokens", {k: v / num_tokens for k, v in agreed.items()}, file=sys.stderr
+        )
         routing.append(routes(torch.stack(logits)[:, prompt.shape[1] :]))
     figures: dict[str, Any] = {"tokens": num_tokens, **summary(routing)}
     figures["alpha"] = {path: round(count / num_tokens, 4) for path, count in agreed.items()}

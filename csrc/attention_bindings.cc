@@ -69,7 +69,7 @@ void CheckSequences(const AttentionCall& call, const Pages& pages, int64_t num_s
     if (call.tree_mask && n > 64)
       Refuse("tree_mask allows 64 queries; q_offsets gives more" + where);
     const int64_t used = (kv_len + pages.page_size - 1) / pages.page_size;
-    if (used > call.table_width) Refuse("page_tables is too narrow for kv_lens" + where);
+    if (n > 0 && used > call.table_width) Refuse("page_tables is too narrow for kv_lens" + where);
     for (int64_t i = 0; n > 0 && i < used; ++i) {
       const int64_t page = call.page_tables[b * call.table_width + i];
       if (page < 0 || page >= pages.num_pages) {

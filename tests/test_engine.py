@@ -1,18 +1,22 @@
-"""The engine's stops: wherever an accepted run crosses them, the output ends there and not after."""
+"""The engine's stops: wherever an accepted run crosses one, the output ends there."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specmoeoff import LLM, SamplingParams, SpeculativeConfig
-from specmoeoff.outputs import CompletionOutput
 from specmoeoff.speculative.drafter import DraftRequest, Proposal
 from tiny import EOS_TOKEN_ID, write_tiny
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from specmoeoff.outputs import CompletionOutput
 
 PROMPT = "the quick brown fox"
 LENGTH = 48

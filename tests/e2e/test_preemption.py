@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -10,6 +10,9 @@ import pytest
 from budgets import MIB, forget_this_process, smallest_budget
 from specmoeoff import LLM, SamplingParams, SpeculativeConfig
 from tiny import write_draft, write_tiny
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 PROMPT_LENGTHS = (5, 60, 33, 100, 20, 80, 47, 9, 64, 31)
 PARAMS = [

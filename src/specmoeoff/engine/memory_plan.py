@@ -91,7 +91,9 @@ def make_plan(config: EngineConfig, target: ModelFiles, draft: ModelFiles | None
     least_kv = -(-min(MIN_KV_TOKENS, model_len) // PAGE_TOKENS) * (page + draft_page)
     parts = _weights(config, target, draft)
     room = memory - sum(num_bytes for _, num_bytes in parts) - least_slots - least_kv
-    step_tokens, held = _step(config, model, draft, min(room, int(ACTIVATION_SHARE * memory)))
+    # No more than half of what is free, or sequences would have no room for their tokens.
+    activations = int(min(ACTIVATION_SHARE * memory, room / 2))
+    step_tokens, held = _step(config, model, draft, room, activations)
     parts += held
     elastic = memory - sum(num_bytes for _, num_bytes in parts)
     if elastic < least_slots + least_kv:
@@ -146,14 +148,23 @@ def _weights(
 
 
 def _step(
-    config: EngineConfig, model: ModelConfig, draft: ModelFiles | None, room: int
+    config: EngineConfig,
+    model: ModelConfig,
+    draft: ModelFiles | None,
+    room: int,
+    max_activations: int,
 ) -> tuple[int, list[tuple[str, int]]]:
-    """Return a step's token budget, the largest that fits ``room`` if free, and what it holds."""
+    """Return a step's token budget and what such a step holds.
+
+    The budget is the one asked for, or else the largest whose activations are within their share
+    and that fits ``room``.
+    """
     asked = config.max_num_batched_tokens
     choices = STEP_TOKENS if asked is None else (asked,)
     for tokens in choices:
         held = _step_parts(config, model, draft, tokens)
-        if sum(num_bytes for _, num_bytes in held) <= room:
+        sizes = [num_bytes for _, num_bytes in held]
+        if sizes[0] <= max_activations and sum(sizes) <= room:
             break
     return tokens, held
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -192,3 +193,17 @@ def test_eos_among_the_drafts(tmp_path: Path, tiny_mixtral: Path) -> None:
     with LLM(str(directory), memory="4GiB", speculative_config=speculative) as llm:
         for output, other in zip(llm.generate(prompts, params), wanted, strict=True):
             same(output.outputs[0], other)
+
+
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "float32"])
+def test_stale_keys_and_values_are_never_read(tiny_mixtral: Path, kv_dtype: str) -> None:
+    """What rejected drafts and ended sequences left in a page must not matter, NaN included."""
+    prompts = [{"prompt_token_ids": list(range(i, 2 * i + 1))} for i in (1, 31, 40, 70)]
+    with LLM(str(tiny_mixtral), memory="4GiB", kv_dtype=kv_dtype) as llm:  # type: ignore[arg-type]
+        wanted = [output.outputs[0].token_ids for output in llm.generate(prompts, FREE)]
+        kv = llm._engine._target.kv
+        for layer in range(2):
+            for field in kv.layer(layer):
+                field[:64] = np.nan if kv_dtype == "float32" else 0x7FC0
+        got = [output.outputs[0].token_ids for output in llm.generate(prompts, FREE)]
+    assert got == wanted

@@ -6,9 +6,10 @@ import os
 from typing import TYPE_CHECKING
 
 from specmoeoff import kernels
+from specmoeoff.engine.allocator import return_large_blocks
 from specmoeoff.engine.engine import Engine, Parts
 from specmoeoff.engine.forward import Forward, ResidentExperts, Span
-from specmoeoff.engine.memory_plan import MemoryPlan, make_plan, open_models
+from specmoeoff.engine.memory_plan import DRAFT_ROWS, MemoryPlan, make_plan, open_models
 from specmoeoff.engine.weights import Loader, ModelWeights, load_dense, load_whole
 from specmoeoff.errors import InvalidInputError
 from specmoeoff.offload.elastic import ElasticMemory
@@ -46,6 +47,7 @@ def build_engine(config: EngineConfig) -> Engine:
             raise InvalidInputError(str(error)) from None
     # Always: an earlier engine of this process may have set another number.
     kernels.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+    return_large_blocks()
     target_files, draft_files = open_models(config)
     plan = make_plan(config, target_files, draft_files)
     weights = load_dense(target_files.model, Loader(target_files.checkpoint))
@@ -60,7 +62,7 @@ def build_engine(config: EngineConfig) -> Engine:
         drafter = ModelDrafter(
             draft,
             draft_files.model.config.max_position_embeddings,
-            plan.policy.max_num_batched_tokens,
+            DRAFT_ROWS,
             plan.distribution_bytes,
         )
     elif config.speculative is not None:
@@ -71,14 +73,14 @@ def build_engine(config: EngineConfig) -> Engine:
     store = ExpertStore(
         target_files.expert_layouts(),
         max(model.config.num_experts_per_tok, 1),
-        elastic_bytes // plan.policy.expert_slot_bytes,
+        (elastic_bytes + plan.largest_step_bytes) // plan.policy.expert_slot_bytes,
         reader,
         config.expert_mode,
     )
     return Engine(
         Parts(
             config=model.config,
-            policy=plan.policy,
+            plan=plan,
             target=Forward(model, weights, store, kv),
             store=store,
             reader=reader,

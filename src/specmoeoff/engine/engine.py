@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from specmoeoff.config import ModelConfig, Policy
+    from specmoeoff.engine.memory_plan import MemoryPlan
     from specmoeoff.offload.elastic import ElasticMemory
     from specmoeoff.offload.expert_store import ExpertStore
     from specmoeoff.offload.reader import Reader
@@ -51,7 +52,7 @@ class Parts:
     """What an engine is built from; see build.py."""
 
     config: ModelConfig
-    policy: Policy
+    plan: MemoryPlan
     target: Forward
     store: ExpertStore
     reader: Reader
@@ -72,8 +73,8 @@ class Engine:
         self._drafter = parts.drafter
         self._scheduler = Scheduler(
             parts.target.kv,
-            parts.policy.max_num_seqs,
-            parts.policy.max_num_batched_tokens,
+            parts.plan.policy.max_num_seqs,
+            parts.plan.policy.max_num_batched_tokens,
             self._release_draft,
         )
         self._num_requests = 0
@@ -94,7 +95,7 @@ class Engine:
         Raises:
             InvalidInputError: The prompt is empty, too long, or has a token that does not exist.
         """
-        config, limit = self._parts.config, self._parts.policy.max_model_len
+        config, limit = self._parts.config, self.policy.max_model_len
         _check_prompt(prompt_token_ids, config.vocab_size, limit)
         left = limit - len(prompt_token_ids)
         max_output = left if params.max_tokens is None else min(params.max_tokens, left)
@@ -125,12 +126,12 @@ class Engine:
     @property
     def policy(self) -> Policy:
         """The memory split and limits that were chosen."""
-        return self._parts.policy
+        return self._parts.plan.policy
 
     @property
     def wants_more(self) -> bool:
         """Whether another request would not wait behind a whole batch of others."""
-        return len(self._scheduler.waiting) < self._parts.policy.max_num_seqs
+        return len(self._scheduler.waiting) < self.policy.max_num_seqs
 
     @property
     def has_work(self) -> bool:
@@ -154,6 +155,7 @@ class Engine:
         batch = self._scheduler.schedule(num_drafts)
         if not batch:
             raise RuntimeError("no sequence can run: the KV cache is smaller than its plan")
+        self._lend_spare_memory(batch)
         try:
             proposals = self._propose(batch)
             hidden = self._target.run([_span(w, p) for w, p in zip(batch, proposals, strict=True)])
@@ -169,6 +171,12 @@ class Engine:
                 num_decoding, num_drafts, figures.step_s, figures.judged, figures.accepted
             )
         return updates
+
+    def _lend_spare_memory(self, batch: list[Scheduled]) -> None:
+        """Let the expert slots have what this step does not need of its share."""
+        num_tokens = sum(work.num_tokens + work.num_drafts for work in batch)
+        samples = any(work.num_drafts and not work.sequence.sampler.greedy for work in batch)
+        self._parts.elastic.lend(self._parts.plan.spare_step_bytes(num_tokens, samples))
 
     def _propose(self, batch: list[Scheduled]) -> list[Proposal]:
         """Draft for the decoding sequences; the drafter reads the prompts that the target reads."""

@@ -28,7 +28,7 @@ MIN_SLOTS = 2
 """One expert in use and one arriving."""
 MIN_KV_TOKENS = 256
 """The KV cache must at least hold one sequence of this length (or of max_model_len)."""
-LOGIT_ROWS = 64
+LOGIT_ROWS = 32
 """Rows of logits that exist at once; verification goes over a step's rows in such groups."""
 STEP_TOKENS = (4096, 2048, 1024, 512, 256, 128, 64, 32)
 """Step budgets that are tried, largest first: a pass costs its stream whatever rides on it."""
@@ -36,6 +36,8 @@ DISTRIBUTIONS = "draft distributions"
 DISTRIBUTION_ROWS = 128
 """Most drafts sampled from the whole vocabulary that wait for verification at once; what top_k or
 top_p left is small, and greedy drafts have none."""
+DRAFT_ROWS = 256
+"""Most rows of a draft's pass, when it reads what the target has read before it."""
 PAGE_TOKENS = 32
 """Tokens in a page of a KV cache."""
 ACTIVATION_SHARE = 0.08
@@ -54,6 +56,20 @@ class MemoryPlan:
     """Most pages the target's cache can ever have."""
     distribution_bytes: int
     """What the distributions that drafts were drawn from may take until they are verified."""
+    passes: tuple[ModelConfig, ...]
+    """The models whose passes a step consists of, the target first."""
+    largest_step_bytes: int
+
+    def spare_step_bytes(self, num_tokens: int, samples: bool) -> int:
+        """Return what a step of ``num_tokens`` leaves of the memory put aside for the largest one.
+
+        Args:
+            num_tokens: Rows of the target's pass.
+            samples: Whether any sequence draws its tokens, so that drafts keep distributions.
+        """
+        needs = [activation_bytes(self.passes[0], num_tokens)]
+        needs += [activation_bytes(draft, DRAFT_ROWS) for draft in self.passes[1:]]
+        return max(0, self.largest_step_bytes - max(needs) - samples * self.distribution_bytes)
 
 
 def plan_memory(config: EngineConfig) -> Policy:
@@ -118,6 +134,8 @@ def make_plan(config: EngineConfig, target: ModelFiles, draft: ModelFiles | None
         draft_page_bytes=draft_page,
         kv_pages=max(1, min(pages, wanted_pages)),
         distribution_bytes=dict(held).get(DISTRIBUTIONS, 0),
+        passes=(model,) if draft is None else (model, draft.model.config),
+        largest_step_bytes=sum(num_bytes for _, num_bytes in held),
     )
 
 
@@ -163,8 +181,8 @@ def _step(
     choices = STEP_TOKENS if asked is None else (asked,)
     for tokens in choices:
         held = _step_parts(config, model, draft, tokens)
-        sizes = [num_bytes for _, num_bytes in held]
-        if sizes[0] <= max_activations and sum(sizes) <= room:
+        fits = sum(num_bytes for _, num_bytes in held) <= room
+        if fits and activation_bytes(model, tokens) <= max_activations:
             break
     return tokens, held
 
@@ -173,8 +191,10 @@ def _step_parts(
     config: EngineConfig, model: ModelConfig, draft: ModelFiles | None, tokens: int
 ) -> list[tuple[str, int]]:
     """Return what a step of so many tokens holds beside weights and KV."""
-    passes = [model] if draft is None else [model, draft.model.config]
-    held = [("activations", max(activation_bytes(each, tokens) for each in passes))]
+    activations = activation_bytes(model, tokens)
+    if draft is not None:
+        activations = max(activations, activation_bytes(draft.model.config, DRAFT_ROWS))
+    held = [("activations", activations)]
     if draft is not None and config.speculative is not None:
         # Every draft token takes a row of the step, so there are no more of them than tokens.
         rows = min(config.max_num_seqs * config.speculative.num_speculative_tokens, tokens)

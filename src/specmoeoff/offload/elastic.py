@@ -1,7 +1,10 @@
 """Lets KV caches take memory from the expert slots while they need it, and gives it back.
 
-Invariant: slots x slot bytes + sum of (high-water pages x page bytes) never exceeds the total, and
-the expert store never falls below its least number of slots.
+A step's own memory (activations, logits) is put aside for the largest step; what a smaller one does
+not need is lent to the slots, and to them only: a slot can be taken back at once, a page cannot.
+
+Invariant: slots x slot bytes + sum of (high-water pages x page bytes) never exceeds the total and
+what was lent, and the expert store never falls below its least number of slots.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ class ElasticMemory:
         self._store = store
         self._caches = list(caches)
         self._min_slots = min_slots
+        self._lent = 0
         for cache in self._caches:
             cache.may_grow = self._grower(cache)
         self.rebalance()
@@ -36,12 +40,19 @@ class ElasticMemory:
         """Hand what the caches do not hold to the expert store (call after sequences ended)."""
         self._store.resize(self._slots_beside(sum(_held_bytes(c) for c in self._caches)))
 
+    def lend(self, num_bytes: int) -> None:
+        """Lend the slots ``num_bytes`` that the coming step leaves free, not what was lent."""
+        if num_bytes != self._lent:
+            self._lent = num_bytes
+            self.rebalance()
+
     def _grower(self, cache: KvCache) -> Callable[[int], bool]:
         def may_grow(num_pages: int) -> bool:
             others = sum(_held_bytes(c) for c in self._caches if c is not cache)
-            slots = self._slots_beside(others + num_pages * cache.page_bytes)
-            if slots < self._min_slots:
+            wanted = others + num_pages * cache.page_bytes
+            if self.total - wanted < self._min_slots * self._store.slot_bytes:
                 return False
+            slots = self._slots_beside(wanted)
             if slots < self._store.num_slots:
                 ahead = num_pages + GROWTH_PAGES
                 roomy = self._slots_beside(others + ahead * cache.page_bytes)
@@ -51,7 +62,7 @@ class ElasticMemory:
         return may_grow
 
     def _slots_beside(self, cache_bytes: int) -> int:
-        return (self.total - cache_bytes) // self._store.slot_bytes
+        return (self.total + self._lent - cache_bytes) // self._store.slot_bytes
 
 
 def _held_bytes(cache: KvCache) -> int:

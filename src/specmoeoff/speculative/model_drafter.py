@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-MAX_LOGIT_ROWS = 64
+MAX_LOGIT_ROWS = 32
 USUAL_UNREAD = 2
 """Tokens committed since a proposal that was wholly accepted; they ride on the first pass."""
 

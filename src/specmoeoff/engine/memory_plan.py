@@ -19,11 +19,13 @@ from specmoeoff.memory_size import format_memory_size
 from specmoeoff.offload.kv_cache import page_bytes
 
 MIB = 1 << 20
-RUNTIME_FLOOR = 64 * MIB
+RUNTIME_FLOOR = 40 * MIB
 """The interpreter with numpy, the kernels, a tokenizer and the command line, as measured; a process
 that already holds more is counted at what it holds."""
-RUNTIME_MARGIN = 40 * MIB
-"""Allocator slack, thread stacks, kernel scratch, Python objects of a long job."""
+RUNTIME_MARGIN = 20 * MIB
+"""Allocator slack, the kernels' shared scratch, Python objects of a long job."""
+THREAD_BYTES = 2 * MIB
+"""Stack and kernel scratch of one compute thread."""
 MIN_SLOTS = 2
 """One expert in use and one arriving."""
 MIN_KV_TOKENS = 256
@@ -156,13 +158,18 @@ def _weights(
 ) -> list[tuple[str, int]]:
     """Return what is there whatever a step does: the runtime and what is loaded once."""
     parts = [
-        ("runtime", max(RUNTIME_FLOOR, resident_bytes()) + RUNTIME_MARGIN),
+        ("runtime", _runtime_bytes(config)),
         ("target dense weights", target.dense_bytes(Loader(target.checkpoint))),
     ]
     if draft is not None and config.speculative is not None:
         loader = Loader(draft.checkpoint, to_int8=config.speculative.draft_weight_dtype == "int8")
         parts.append(("draft weights", draft.dense_bytes(loader) + draft.expert_bytes(loader)))
     return parts
+
+
+def _runtime_bytes(config: EngineConfig) -> int:
+    threads = config.num_threads or len(os.sched_getaffinity(0))
+    return max(RUNTIME_FLOOR, resident_bytes()) + RUNTIME_MARGIN + threads * THREAD_BYTES
 
 
 def _step(

@@ -7,8 +7,8 @@
 namespace specmoeoff {
 namespace {
 
-constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512vnni"};
-constexpr int kNumTargets = 4;
+constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512vnni", "avx512bf16"};
+constexpr int kNumTargets = 5;
 
 bool Supports(Target target) {
   if (target == Target::kScalar) return true;
@@ -20,7 +20,9 @@ bool Supports(Target target) {
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
   if (target == Target::kAvx512) return avx512;
-  return avx512 && __builtin_cpu_supports("avx512vnni");
+  const bool avx512vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  if (target == Target::kAvx512Vnni) return avx512vnni;
+  return avx512vnni && __builtin_cpu_supports("avx512bf16");
 #else
   return false;
 #endif

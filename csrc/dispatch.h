@@ -6,11 +6,12 @@
 //
 //     Select(&kLinearScalar, SPECMOEOFF_IF_X86(&kLinearAvx2), SPECMOEOFF_IF_X86(&kLinearAvx512))
 //
-// A later target (AVX-512-BF16, AMX) adds an enumerator and a parameter to Select(); families
-// without code for it fall back to the one below.
+// A later target adds an enumerator and a parameter to Select(); families without code for it fall
+// back to the one below, so a target has all that the ones before it have.
 #pragma once
 
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -21,10 +22,10 @@
 
 namespace specmoeoff {
 
-enum class Target : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vnni = 3 };
+enum class Target : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vnni = 3, kAvx512Bf16 = 4 };
 
 // Names of the targets this CPU supports, worst first: "scalar", "avx2", "avx512",
-// "avx512vnni".
+// "avx512vnni", "avx512bf16".
 std::vector<std::string> SupportedTargets();
 
 // The target that runs now. The first call honours SPECMOEOFF_CPU_TARGET; throws
@@ -36,9 +37,12 @@ std::string CurrentTargetName();
 void UseTarget(const std::string& name);
 
 template <class Kernels>
-const Kernels& Select(const Kernels* scalar, const Kernels* avx2, const Kernels* avx512,
-                      const Kernels* avx512vnni = nullptr) {
+const Kernels& Select(const Kernels* scalar, const std::type_identity_t<Kernels>* avx2,
+                      const std::type_identity_t<Kernels>* avx512,
+                      const std::type_identity_t<Kernels>* avx512vnni = nullptr,
+                      const std::type_identity_t<Kernels>* avx512bf16 = nullptr) {
   const Target target = CurrentTarget();
+  if (target >= Target::kAvx512Bf16 && avx512bf16) return *avx512bf16;
   if (target >= Target::kAvx512Vnni && avx512vnni) return *avx512vnni;
   if (target >= Target::kAvx512 && avx512) return *avx512;
   if (target >= Target::kAvx2 && avx2) return *avx2;

@@ -20,6 +20,7 @@ constexpr int64_t kPackTiles = 8;  // tiles per piece of packing
 
 struct Unit {
   const Expert* expert;
+  const LinearKernels* kernels;
   int64_t first;  // entry of rows and row_weights
   int64_t count;
   int64_t pack_pieces, hidden_pieces, down_pieces;
@@ -39,8 +40,8 @@ void Done(int64_t* counter) { __atomic_fetch_add(counter, 1, __ATOMIC_ACQ_REL); 
 class ExpertRun {
  public:
   ExpertRun(const float* x, const Expert* experts, int64_t num_experts, const int32_t* offsets,
-            const int32_t* rows, const float* row_weights, float* out)
-      : kernels_(CurrentLinear()),
+            const int32_t* rows, const float* row_weights, float* out, Activations activations)
+      : activations_(activations),
         x_(x),
         rows_(rows),
         row_weights_(row_weights),
@@ -71,13 +72,15 @@ class ExpertRun {
     down_columns_ = PieceColumns(width_, experts[0].down.row_bytes());
     for (int64_t e = 0; e < num_experts; ++e) {
       const int64_t total = offsets[e + 1] - offsets[e];
-      const int64_t chunk = ChunkRows(total, floats_per_row, kScratchFloats, kernels_.tile_rows);
+      const LinearKernels& kernels = CurrentLinear(activations_, IsBfloat16(experts[e]));
+      const int64_t chunk = ChunkRows(total, floats_per_row, kScratchFloats, kernels.tile_rows);
       for (int64_t first = 0; first < total; first += chunk) {
         Unit unit{};
         unit.expert = &experts[e];
+        unit.kernels = &kernels;
         unit.first = offsets[e] + first;
         unit.count = std::min(chunk, total - first);
-        unit.pack_pieces = Pieces(unit.count, kPackTiles * kernels_.tile_rows);
+        unit.pack_pieces = Pieces(unit.count, kPackTiles * kernels.tile_rows);
         unit.hidden_pieces = Pieces(inner_, hidden_columns_);
         unit.down_pieces = Pieces(width_, down_columns_);
         most_rows_ = std::max(most_rows_, unit.count);
@@ -100,6 +103,11 @@ class ExpertRun {
     num_pieces_ += pieces;
   }
 
+  static bool IsBfloat16(const Expert& expert) {
+    return expert.gate.kind == WeightKind::kBfloat16 && expert.up.kind == WeightKind::kBfloat16 &&
+           expert.down.kind == WeightKind::kBfloat16;
+  }
+
   static int64_t Pieces(int64_t size, int64_t each) { return (size + each - 1) / each; }
 
   void RunPiece(int64_t piece) {
@@ -120,11 +128,11 @@ class ExpertRun {
     Unit& unit = units_[u];
     // The buffer's last user must be through with it.
     if (u >= 2) WaitUntilAtLeast(&units_[u - 2].hidden, units_[u - 2].hidden_pieces);
-    const int64_t tiles = Pieces(unit.count, kernels_.tile_rows);
+    const int64_t tiles = Pieces(unit.count, unit.kernels->tile_rows);
     const int64_t begin = piece * kPackTiles;
     const float* x = rows_ ? x_ : x_ + unit.first * width_;
-    kernels_.pack(x, width_, rows_ ? rows_ + unit.first : nullptr, unit.count, begin,
-                  std::min(tiles, begin + kPackTiles), packed_[u % 2]);
+    unit.kernels->pack(x, width_, rows_ ? rows_ + unit.first : nullptr, unit.count, begin,
+                       std::min(tiles, begin + kPackTiles), packed_[u % 2]);
     Done(&unit.packed);
   }
 
@@ -136,13 +144,13 @@ class ExpertRun {
     float* gate = p.y;
     const char* following = p.next;
     p.next = unit.expert->up.row(p.begin);
-    kernels_.product(p);
+    unit.kernels->product(p);
     p.weight = &unit.expert->up;
     p.y = gate + unit.count * p.y_stride;
     // A hint only: `up` is where the gate's next rows will be followed by, `gate` comes first.
     p.next = following;
-    kernels_.product(p);
-    kernels_.swiglu(gate, p.y, p.y_stride, unit.count, p.begin, p.end, inner_, hidden_[u % 2]);
+    unit.kernels->product(p);
+    unit.kernels->swiglu(gate, p.y, p.y_stride, unit.count, p.begin, p.end, inner_, hidden_[u % 2]);
     Done(&unit.hidden);
   }
 
@@ -152,12 +160,12 @@ class ExpertRun {
     // Additions to a row keep the order of the experts.
     if (u >= 1) WaitUntilAtLeast(&units_[u - 1].down, units_[u - 1].down_pieces);
     const Product p = Columns(unit, unit.expert->down, hidden_[u % 2], piece, down_columns_);
-    kernels_.product(p);
+    unit.kernels->product(p);
     for (int64_t i = 0; i < unit.count; ++i) {
       const int64_t entry = unit.first + i;
       float* out = out_ + (rows_ ? rows_[entry] : entry) * width_ + p.begin;
       const float weight = row_weights_ ? row_weights_[entry] : 1.0f;
-      kernels_.accumulate(p.y + i * p.y_stride, weight, p.end - p.begin, out);
+      unit.kernels->accumulate(p.y + i * p.y_stride, weight, p.end - p.begin, out);
     }
     Done(&unit.down);
   }
@@ -180,7 +188,7 @@ class ExpertRun {
     return p;
   }
 
-  const LinearKernels& kernels_;
+  const Activations activations_;
   const float* x_;
   const int32_t* rows_;
   const float* row_weights_;
@@ -200,9 +208,9 @@ class ExpertRun {
 }  // namespace
 
 void ExpertFfn(const float* x, const Expert* experts, int64_t num_experts, const int32_t* offsets,
-               const int32_t* rows, const float* row_weights, float* out) {
+               const int32_t* rows, const float* row_weights, float* out, Activations activations) {
   if (num_experts == 0 || offsets[num_experts] == offsets[0]) return;
-  ExpertRun(x, experts, num_experts, offsets, rows, row_weights, out).Run();
+  ExpertRun(x, experts, num_experts, offsets, rows, row_weights, out, activations).Run();
 }
 
 }  // namespace specmoeoff

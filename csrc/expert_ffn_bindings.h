@@ -70,11 +70,11 @@ inline void RequireOffsets(const Array& offsets, int64_t num_experts, int64_t nu
 }
 
 // kRun is ExpertFfn() for experts of type Expert, a triple of what Argument
-// views.
-template <class Argument, class Expert, auto kRun>
+// views; `extra` are its further arguments.
+template <class Argument, class Expert, auto kRun, class... Extra>
 void ExpertFfnCall(nanobind::handle x_object, nanobind::handle gate, nanobind::handle up,
                    nanobind::handle down, nanobind::handle out_object, nanobind::handle rows_object,
-                   nanobind::handle weights_object) {
+                   nanobind::handle weights_object, Extra... extra) {
   const Array x(x_object, "x", {Dtype::kFloat32}, 2);
   const Array out(out_object, "out", {Dtype::kFloat32}, 2, /*writable=*/true);
   RequireXAndOut(x, out);
@@ -96,13 +96,14 @@ void ExpertFfnCall(nanobind::handle x_object, nanobind::handle gate, nanobind::h
   const int32_t offsets[2] = {0, static_cast<int32_t>(count)};
   nanobind::gil_scoped_release release;
   kRun(x.data<float>(), &expert, 1, offsets, rows ? rows.data<int32_t>() : nullptr,
-       row_weights ? row_weights.data<float>() : nullptr, out.data<float>());
+       row_weights ? row_weights.data<float>() : nullptr, out.data<float>(), extra...);
 }
 
-template <class Argument, class Expert, auto kRun>
+template <class Argument, class Expert, auto kRun, class... Extra>
 void ExpertFfnManyCall(nanobind::handle x_object, nanobind::sequence experts,
                        nanobind::handle offsets_object, nanobind::handle rows_object,
-                       nanobind::handle weights_object, nanobind::handle out_object) {
+                       nanobind::handle weights_object, nanobind::handle out_object,
+                       Extra... extra) {
   const Array x(x_object, "x", {Dtype::kFloat32}, 2);
   const Array out(out_object, "out", {Dtype::kFloat32}, 2, /*writable=*/true);
   RequireXAndOut(x, out);
@@ -132,7 +133,7 @@ void ExpertFfnManyCall(nanobind::handle x_object, nanobind::sequence experts,
   }
   nanobind::gil_scoped_release release;
   kRun(x.data<float>(), views.data(), count, bounds, rows.data<int32_t>(),
-       row_weights.data<float>(), out.data<float>());
+       row_weights.data<float>(), out.data<float>(), extra...);
 }
 
 }  // namespace specmoeoff

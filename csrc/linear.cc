@@ -16,8 +16,14 @@ constexpr int64_t kInlinePack = 64 << 10;  // floats that are not worth waking a
 
 }  // namespace
 
-const LinearKernels& CurrentLinear() {
-  return Select(&kLinearScalar, SPECMOEOFF_IF_X86(&kLinearAvx2), SPECMOEOFF_IF_X86(&kLinearAvx512));
+const LinearKernels& CurrentLinear(Activations activations, bool bfloat16_weights) {
+  if (activations == Activations::kFloat32) {
+    return Select(&kLinearScalar, SPECMOEOFF_IF_X86(&kLinearAvx2),
+                  SPECMOEOFF_IF_X86(&kLinearAvx512));
+  }
+  return Select(&kLinearRoundedScalar, SPECMOEOFF_IF_X86(&kLinearRoundedAvx2),
+                SPECMOEOFF_IF_X86(&kLinearRoundedAvx512), nullptr,
+                bfloat16_weights ? SPECMOEOFF_IF_X86(&kLinearAvx512Bf16) : nullptr);
 }
 
 int64_t PieceColumns(int64_t n, int64_t column_bytes) {
@@ -32,14 +38,15 @@ int64_t ChunkRows(int64_t rows, int64_t floats_per_row, int64_t budget, int tile
   return RoundUp((rows + chunks - 1) / std::max<int64_t>(chunks, 1), tile_rows);
 }
 
-void Linear(const float* x, int64_t rows, const Weight& weight, const float* bias, float* out) {
+void Linear(const float* x, int64_t rows, const Weight& weight, const float* bias, float* out,
+            Activations activations) {
   if (rows == 0 || weight.n == 0) return;
-  const LinearKernels& kernels = CurrentLinear();
+  const LinearKernels& kernels = CurrentLinear(activations, weight.kind == WeightKind::kBfloat16);
   const int64_t k = weight.k, n = weight.n, depth = RoundUp(k, 16);
   const int64_t chunk = ChunkRows(rows, depth, kPackedFloats, kernels.tile_rows);
   const int64_t columns = PieceColumns(n, weight.row_bytes());
   const int64_t threads = NumThreads();
-  auto* packed = static_cast<float*>(CallScratch(std::min(chunk, rows) * depth * sizeof(float)));
+  void* packed = CallScratch(std::min(chunk, rows) * depth * sizeof(float));
   for (int64_t first = 0; first < rows; first += chunk) {
     const int64_t count = std::min(chunk, rows - first);
     const float* xs = x + first * k;

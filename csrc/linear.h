@@ -8,6 +8,13 @@
 // Activations are packed first: tiles of `tile_rows` rows (the last tile may be lower), each tile
 // [k / 16][rows of the tile][16], zeros after k. One pointer walks a tile, whatever the rows'
 // stride.
+//
+// Activations may be rounded to bfloat16 as they are packed. They stay float32 and the order is the
+// one above, except for bfloat16 weights on a CPU that multiplies bfloat16 itself: there packing
+// keeps bfloat16, 32 elements in place of 16, and partial j takes the pairs (2 j, 2 j + 1) mod 32
+// in rising order, by an instruction that adds the odd product, then the even one, each with one
+// rounding, denormals taken as zero; then the partials as above. So bits differ between such a
+// target and the others, but still depend on a row and its weights alone.
 #pragma once
 
 #include <cstddef>
@@ -26,7 +33,7 @@ inline constexpr int64_t kColumnUnit = 16;
 
 // y[t * y_stride + n - begin] = dot(x_t, weight row n) + bias[n] for rows t and n in [begin, end).
 struct Product {
-  const float* packed;  // packed activations, `rows` of them, inner size weight->k
+  const void* packed;  // packed activations, `rows` of them, inner size weight->k
   int64_t rows;
   const Weight* weight;
   int64_t begin;
@@ -41,12 +48,12 @@ struct LinearKernels {
   int tile_rows;
   // Packs tiles [tile_begin, tile_end) of `count` rows x[rows[i]] (x[i] if rows is null).
   void (*pack)(const float* x, int64_t k, const int32_t* rows, int64_t count, int64_t tile_begin,
-               int64_t tile_end, float* packed);
+               int64_t tile_end, void* packed);
   void (*product)(const Product& product);
   // Writes silu(gate) * up, columns [begin, end) of `width`, into packed form. gate and up are
   // [rows, y_stride]; begin is a multiple of 16.
   void (*swiglu)(const float* gate, const float* up, int64_t y_stride, int64_t rows, int64_t begin,
-                 int64_t end, int64_t width, float* packed);
+                 int64_t end, int64_t width, void* packed);
   // out[c] += weight * y[c]
   void (*accumulate)(const float* y, float weight, int64_t count, float* out);
 };
@@ -54,17 +61,29 @@ struct LinearKernels {
 extern const LinearKernels kLinearScalar;
 extern const LinearKernels kLinearAvx2;
 extern const LinearKernels kLinearAvx512;
+// The same, activations rounded to bfloat16.
+extern const LinearKernels kLinearRoundedScalar;
+extern const LinearKernels kLinearRoundedAvx2;
+extern const LinearKernels kLinearRoundedAvx512;
+// For bfloat16 weights only.
+extern const LinearKernels kLinearAvx512Bf16;
 
-const LinearKernels& CurrentLinear();
+enum class Activations { kFloat32, kBfloat16 };
+
+// The kernels that run now. `bfloat16_weights`: whether all weights they will see are bfloat16.
+const LinearKernels& CurrentLinear(Activations activations, bool bfloat16_weights);
 
 // Columns per piece of work, a multiple of kColumnUnit, for n columns of so many weight bytes each.
 int64_t PieceColumns(int64_t n, int64_t column_bytes);
 
+// Packed activations take at most four bytes for each of RoundUp(k, 16) elements, in any form.
+//
 // Rows to pack at once, a multiple of tile_rows, so that they take about `budget` floats.
 int64_t ChunkRows(int64_t rows, int64_t floats_per_row, int64_t budget, int tile_rows);
 
 // out [rows, weight.n] = x [rows, weight.k] @ weight^T + bias
-void Linear(const float* x, int64_t rows, const Weight& weight, const float* bias, float* out);
+void Linear(const float* x, int64_t rows, const Weight& weight, const float* bias, float* out,
+            Activations activations);
 
 struct Expert {
   Weight gate;  // [I, K]
@@ -76,6 +95,6 @@ struct Expert {
 // out[rows[e]] += row_weights[e] * down(silu(gate x) * up x), x = x[rows[e]]; experts in order.
 // rows null: 0, 1, 2, ... ; row_weights null: ones.
 void ExpertFfn(const float* x, const Expert* experts, int64_t num_experts, const int32_t* offsets,
-               const int32_t* rows, const float* row_weights, float* out);
+               const int32_t* rows, const float* row_weights, float* out, Activations activations);
 
 }  // namespace specmoeoff

@@ -3,4 +3,5 @@
 
 namespace specmoeoff {
 const LinearKernels kLinearAvx2 = avx2::kKernels;
+const LinearKernels kLinearRoundedAvx2 = avx2::kRoundedKernels;
 }  // namespace specmoeoff

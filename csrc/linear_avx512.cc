@@ -3,4 +3,5 @@
 
 namespace specmoeoff {
 const LinearKernels kLinearAvx512 = avx512::kKernels;
+const LinearKernels kLinearRoundedAvx512 = avx512::kRoundedKernels;
 }  // namespace specmoeoff

@@ -10,8 +10,12 @@ namespace nb = nanobind;
 namespace specmoeoff {
 namespace {
 
+Activations ActivationsOf(bool bfloat16) {
+  return bfloat16 ? Activations::kBfloat16 : Activations::kFloat32;
+}
+
 void LinearCall(nb::handle x_object, nb::handle weight_object, nb::handle bias_object,
-                nb::handle out_object) {
+                nb::handle out_object, bool bfloat16) {
   const Array x(x_object, "x", {Dtype::kFloat32}, 2);
   const WeightArgument weight(weight_object, "weight");
   const Array out(out_object, "out", {Dtype::kFloat32}, 2, /*writable=*/true);
@@ -23,8 +27,13 @@ void LinearCall(nb::handle x_object, nb::handle weight_object, nb::handle bias_o
   RequireShape(x, "x", {x.dim(0), weight->k});
   RequireShape(out, "out", {x.dim(0), weight->n});
   nb::gil_scoped_release release;
-  Linear(x.data<float>(), x.dim(0), *weight, bias ? bias.data<float>() : nullptr,
-         out.data<float>());
+  Linear(x.data<float>(), x.dim(0), *weight, bias ? bias.data<float>() : nullptr, out.data<float>(),
+         ActivationsOf(bfloat16));
+}
+
+void RunExperts(const float* x, const Expert* experts, int64_t num_experts, const int32_t* offsets,
+                const int32_t* rows, const float* row_weights, float* out, bool bfloat16) {
+  ExpertFfn(x, experts, num_experts, offsets, rows, row_weights, out, ActivationsOf(bfloat16));
 }
 
 }  // namespace
@@ -33,11 +42,12 @@ void LinearCall(nb::handle x_object, nb::handle weight_object, nb::handle bias_o
 void BindLinear(nb::module_& m) {
   using namespace specmoeoff;
   m.def("linear", &LinearCall, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(),
-        nb::arg("out"));
-  m.def("expert_ffn", &ExpertFfnCall<WeightArgument, Expert, &ExpertFfn>, nb::arg("x"),
+        nb::arg("out"), nb::arg("bfloat16") = false);
+  m.def("expert_ffn", &ExpertFfnCall<WeightArgument, Expert, &RunExperts, bool>, nb::arg("x"),
         nb::arg("gate"), nb::arg("up"), nb::arg("down"), nb::arg("out"),
-        nb::arg("rows").none() = nb::none(), nb::arg("row_weights").none() = nb::none());
-  m.def("expert_ffn_many", &ExpertFfnManyCall<WeightArgument, Expert, &ExpertFfn>, nb::arg("x"),
-        nb::arg("experts"), nb::arg("offsets"), nb::arg("rows"), nb::arg("row_weights"),
-        nb::arg("out"));
+        nb::arg("rows").none() = nb::none(), nb::arg("row_weights").none() = nb::none(),
+        nb::arg("bfloat16") = false);
+  m.def("expert_ffn_many", &ExpertFfnManyCall<WeightArgument, Expert, &RunExperts, bool>,
+        nb::arg("x"), nb::arg("experts"), nb::arg("offsets"), nb::arg("rows"),
+        nb::arg("row_weights"), nb::arg("out"), nb::arg("bfloat16") = false);
 }

@@ -3,4 +3,5 @@
 
 namespace specmoeoff {
 const LinearKernels kLinearScalar = scalar::kKernels;
+const LinearKernels kLinearRoundedScalar = scalar::kRoundedKernels;
 }  // namespace specmoeoff

@@ -9,6 +9,7 @@ from specmoeoff.kernels.native import (
     expert_ffn,
     expert_ffn_many,
     linear,
+    multiplies_bfloat16,
     num_threads,
     pack_int8_dot,
     quantize_int8,
@@ -20,9 +21,16 @@ from specmoeoff.kernels.native import (
     use_cpu_target,
     widen,
 )
-from specmoeoff.kernels.weights import Int8DotWeight, Int8Weight, Weight, packed_int8_bytes
+from specmoeoff.kernels.weights import (
+    Activations,
+    Int8DotWeight,
+    Int8Weight,
+    Weight,
+    packed_int8_bytes,
+)
 
 __all__ = [
+    "Activations",
     "Int8DotWeight",
     "Int8Weight",
     "Weight",
@@ -34,6 +42,7 @@ __all__ = [
     "expert_ffn",
     "expert_ffn_many",
     "linear",
+    "multiplies_bfloat16",
     "num_threads",
     "pack_int8_dot",
     "packed_int8_bytes",

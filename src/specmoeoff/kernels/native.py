@@ -19,19 +19,28 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from specmoeoff.kernels.weights import F32, I32, U64, Array, Weight
+    from specmoeoff.kernels.weights import F32, I32, U64, Activations, Array, Weight
 
+_BFLOAT16_TARGETS = ("avx512bf16",)
 _INT8_DOT_MOST_K = 1 << 17  # sums of 2^17 products of int8 fit 32 bits
 
 
-def linear(x: F32, weight: Weight, bias: F32 | None = None, out: F32 | None = None) -> F32:
+def linear(
+    x: F32,
+    weight: Weight,
+    bias: F32 | None = None,
+    out: F32 | None = None,
+    *,
+    activations: Activations = "float32",
+) -> F32:
     """Return ``x @ weight.T + bias``: x [T, K], weight [N, K], bias [N] -> [T, N]."""
+    bfloat16 = _is_bfloat16(activations)
     if out is None:
         out = np.empty((x.shape[0], _shape(weight, "weight")[0]), np.float32)
     if isinstance(weight, Int8DotWeight):
         _native.int8_dot_linear(x, weight, bias, out)
     else:
-        _native.linear(x, weight, bias, out)
+        _native.linear(x, weight, bias, out, bfloat16)
     return out
 
 
@@ -76,12 +85,15 @@ def expert_ffn(
     out: F32,
     rows: I32 | None = None,
     row_weights: F32 | None = None,
+    *,
+    activations: Activations = "float32",
 ) -> None:
     """Add an expert's output: ``out[rows] += row_weights * down(silu(gate x) * up x)``."""
+    bfloat16 = _is_bfloat16(activations)
     if isinstance(gate, Int8DotWeight):
         _native.int8_dot_expert_ffn(x, gate, up, down, out, rows, row_weights)
     else:
-        _native.expert_ffn(x, gate, up, down, out, rows, row_weights)
+        _native.expert_ffn(x, gate, up, down, out, rows, row_weights, bfloat16)
 
 
 def expert_ffn_many(
@@ -91,12 +103,15 @@ def expert_ffn_many(
     rows: I32,
     row_weights: F32,
     out: F32,
+    *,
+    activations: Activations = "float32",
 ) -> None:
     """``expert_ffn`` for several experts of equal shapes, in order, in one native call."""
+    bfloat16 = _is_bfloat16(activations)
     if experts and isinstance(experts[0][0], Int8DotWeight):
         _native.int8_dot_expert_ffn_many(x, experts, offsets, rows, row_weights, out)
     else:
-        _native.expert_ffn_many(x, experts, offsets, rows, row_weights, out)
+        _native.expert_ffn_many(x, experts, offsets, rows, row_weights, out, bfloat16)
 
 
 def widen(weight: Weight) -> F32:
@@ -221,11 +236,22 @@ def _aligned_int8(shape: tuple[int, ...]) -> NDArray[np.int8]:
     size = int(np.prod(shape))
     memory = np.empty(size + 63, np.int8)
     start = -memory.ctypes.data % 64
+def multiplies_bfloat16() -> bool:
+    """Whether the target that runs has instructions for products of bfloat16 with bfloat16."""
+    return _native.cpu_target() in _BFLOAT16_TARGETS
+
+
     return memory[start : start + size].reshape(shape)
 
 
 def _shape(weight: Weight, name: str) -> tuple[int, int]:
     shape = weight.values.shape if isinstance(weight, Int8Weight) else weight.shape
+def _is_bfloat16(activations: Activations) -> bool:
+    if activations not in ("float32", "bfloat16"):
+        raise ValueError(f"activations is {activations!r}; it must be 'float32' or 'bfloat16'")
+    return activations == "bfloat16"
+
+
     if len(shape) != 2:
         raise ValueError(f"{name} has {len(shape)} dimensions; it must have 2")
     return shape[0], shape[1]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from specmoeoff.kernels.weights import F32, I32, U64, Array, Weight
+    from specmoeoff.kernels.weights import F32, I32, U64, Activations, Array, Weight
 
 
 def widen(weight: Weight) -> F32:
@@ -93,14 +93,26 @@ def _int8_dot(x: F32, weight: Int8DotWeight) -> F32:
     return sums.astype(np.float32) * weight.scales * scales[:, None]
 
 
-def linear(x: F32, weight: Weight, bias: F32 | None = None, out: F32 | None = None) -> F32:
+def linear(
+    x: F32,
+    weight: Weight,
+    bias: F32 | None = None,
+    out: F32 | None = None,
+    *,
+    activations: Activations = "float32",
+) -> F32:
     """Return ``x @ weight.T + bias``: x [T, K], weight [N, K], bias [N] -> [T, N].
 
-    With an ``Int8DotWeight`` x is rounded first; results are specified to the last bit.
+    With an ``Int8DotWeight`` x is rounded first, whatever ``activations`` says; results are
+    specified to the last bit. Otherwise "bfloat16" rounds x to nearest even first. With weights of
+    bfloat16 too, a target that multiplies pairs of bfloat16 may take denormals (of operands,
+    products and sums) as zero.
     """
     if isinstance(weight, Int8DotWeight):
         y = _int8_dot(x, weight)
     else:
+        if activations == "bfloat16":
+            x = widen(to_bfloat16(x))
         y = (x.astype(np.float64) @ widen(weight).astype(np.float64).T).astype(np.float32)
     if bias is not None:
         y += bias
@@ -158,17 +170,21 @@ def expert_ffn(
     out: F32,
     rows: I32 | None = None,
     row_weights: F32 | None = None,
+    *,
+    activations: Activations = "float32",
 ) -> None:
     """Add one expert's output to ``out``: ``out[rows] += row_weights * down(silu(gate x) * up x)``.
 
     x and out [T, K], gate and up [I, K], down [K, I], rows int32 [m] without repeats (None: all
     rows), row_weights float32 [m] (None: ones). gate, up and down may be
-    ``Int8DotWeight``, all three; what goes into down is then rounded as x is.
+    ``Int8DotWeight``, all three; what goes into down is then rounded as x is. So it is with
+    ``activations="bfloat16"``.
     """
     picked = x if rows is None else x[rows]
-    g = linear(picked, gate)
-    u = linear(picked, up)
-    y = linear((g / (1 + np.exp(-g.astype(np.float64)))).astype(np.float32) * u, down)
+    g = linear(picked, gate, activations=activations)
+    u = linear(picked, up, activations=activations)
+    hidden = (g / (1 + np.exp(-g.astype(np.float64)))).astype(np.float32) * u
+    y = linear(hidden, down, activations=activations)
     if row_weights is not None:
         y = y * row_weights[:, None]
     if rows is None:
@@ -184,6 +200,8 @@ def expert_ffn_many(
     rows: I32,
     row_weights: F32,
     out: F32,
+    *,
+    activations: Activations = "float32",
 ) -> None:
     """``expert_ffn`` for several experts, in the given order.
 
@@ -193,7 +211,9 @@ def expert_ffn_many(
     for i, (gate, up, down) in enumerate(experts):
         part = slice(offsets[i], offsets[i + 1])
         if part.start != part.stop:
-            expert_ffn(x, gate, up, down, out, rows[part], row_weights[part])
+            expert_ffn(
+                x, gate, up, down, out, rows[part], row_weights[part], activations=activations
+            )
 
 
 def append_kv(keys: F32, values: F32, k_pages: Array, v_pages: Array, slots: I32) -> None:

@@ -6,6 +6,7 @@ Names for the arrays that kernels take, too. What is done with them is in ``refe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,3 +61,6 @@ def packed_int8_bytes(n: int, k: int) -> int:
 
 
 Weight = NDArray[np.generic] | Int8Weight | Int8DotWeight
+
+Activations = Literal["float32", "bfloat16"]
+"""What activations are rounded to before a product; an Int8DotWeight rounds them to int8 anyway."""

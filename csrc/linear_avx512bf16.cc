@@ -1,0 +1,7 @@
+// The avx512 body again, for its products of pairs of bfloat16.
+#define SPECMOEOFF_TARGET avx512
+#include "linear.inc"
+
+namespace specmoeoff {
+const LinearKernels kLinearAvx512Bf16 = avx512::kPairKernels;
+}  // namespace specmoeoff

@@ -155,7 +155,15 @@ class Forward:
             offsets = np.array([0, *(int(ends[e]) - start for e, _ in run)], np.int32)
             part = slice(start, int(ends[last]))
             experts = [(t["gate"], t["up"], t["down"]) for _, t in run]
-            kernels.expert_ffn_many(h, experts, offsets, rows[part], row_weights[part], x)
+            kernels.expert_ffn_many(
+                h,
+                experts,
+                offsets,
+                rows[part],
+                row_weights[part],
+                x,
+                activations=self.model.activations,
+            )
 
 
 @dataclass(frozen=True)

@@ -221,6 +221,11 @@ def use_cpu_target(name: str) -> None:
     _native.use_cpu_target(name)
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether the target that runs has instructions for products of bfloat16 with bfloat16."""
+    return _native.cpu_target() in _BFLOAT16_TARGETS
+
+
 def num_threads() -> int:
     """Return the number of compute threads, the caller included."""
     return _native.num_threads()
@@ -231,27 +236,22 @@ def set_num_threads(n: int) -> None:
     _native.set_num_threads(n)
 
 
-def _aligned_int8(shape: tuple[int, ...]) -> NDArray[np.int8]:
-    """Return int8 memory that begins with a cache line, so that no 64-byte load crosses one."""
-    size = int(np.prod(shape))
-    memory = np.empty(size + 63, np.int8)
-    start = -memory.ctypes.data % 64
-def multiplies_bfloat16() -> bool:
-    """Whether the target that runs has instructions for products of bfloat16 with bfloat16."""
-    return _native.cpu_target() in _BFLOAT16_TARGETS
-
-
-    return memory[start : start + size].reshape(shape)
-
-
-def _shape(weight: Weight, name: str) -> tuple[int, int]:
-    shape = weight.values.shape if isinstance(weight, Int8Weight) else weight.shape
 def _is_bfloat16(activations: Activations) -> bool:
     if activations not in ("float32", "bfloat16"):
         raise ValueError(f"activations is {activations!r}; it must be 'float32' or 'bfloat16'")
     return activations == "bfloat16"
 
 
+def _aligned_int8(shape: tuple[int, ...]) -> NDArray[np.int8]:
+    """Return int8 memory that begins with a cache line, so that no 64-byte load crosses one."""
+    size = int(np.prod(shape))
+    memory = np.empty(size + 63, np.int8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].reshape(shape)
+
+
+def _shape(weight: Weight, name: str) -> tuple[int, int]:
+    shape = weight.values.shape if isinstance(weight, Int8Weight) else weight.shape
     if len(shape) != 2:
         raise ValueError(f"{name} has {len(shape)} dimensions; it must have 2")
     return shape[0], shape[1]

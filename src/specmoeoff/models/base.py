@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from specmoeoff.config import ModelConfig
+    from specmoeoff.kernels import Activations
 
 F32 = NDArray[np.float32]
 I32 = NDArray[np.int32]
@@ -42,6 +43,8 @@ class Model(Protocol):
     """One model: which tensors it needs, and the maths between attention and experts."""
 
     config: ModelConfig
+    activations: Activations
+    """What its products, experts included, round their activations to."""
 
     @property
     def num_ffn_experts(self) -> int:

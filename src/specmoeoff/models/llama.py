@@ -16,13 +16,15 @@ from specmoeoff.models.rope import Rope
 
 if TYPE_CHECKING:
     from specmoeoff.config import ModelConfig
+    from specmoeoff.kernels import Activations, Weight
 
 
 class Llama:
     """A dense decoder. Its feed-forward is expert 0 of every layer, with weight 1."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, activations: Activations = "float32") -> None:
         self.config = config
+        self.activations = activations
         self._rope = Rope(config)
 
     @property
@@ -84,7 +86,7 @@ class Llama:
         config = self.config
         normed = kernels.rms_norm(x, weights["attn_norm"], config.rms_norm_eps)
         q, k, v = (
-            kernels.linear(normed, weights[name], weights.get(f"{name}_bias")).reshape(
+            self._linear(normed, weights[name], weights.get(f"{name}_bias")).reshape(
                 len(x), heads, config.head_dim
             )
             for name, heads in (
@@ -99,7 +101,7 @@ class Llama:
 
     def post_attention(self, weights: Weights, x: F32, attention: F32) -> F32:
         """Add the O projection of attention [T, H, D] to x IN PLACE; return the FFN's input h."""
-        x += kernels.linear(attention.reshape(len(x), -1), weights["o"], weights.get("o_bias"))
+        x += self._linear(attention.reshape(len(x), -1), weights["o"], weights.get("o_bias"))
         return kernels.rms_norm(x, weights["ffn_norm"], self.config.rms_norm_eps)
 
     def router(self, weights: Weights, h: F32) -> tuple[I32, F32]:
@@ -109,7 +111,10 @@ class Llama:
     def head(self, weights: Weights, x: F32) -> F32:
         """Return logits [R, V] of the rows x [R, hidden], final norm included."""
         table = weights["embed" if self.config.tie_word_embeddings else "head"]
-        return kernels.linear(kernels.rms_norm(x, weights["norm"], self.config.rms_norm_eps), table)
+        return self._linear(kernels.rms_norm(x, weights["norm"], self.config.rms_norm_eps), table)
+
+    def _linear(self, x: F32, weight: Weight, bias: F32 | None = None) -> F32:
+        return kernels.linear(x, weight, bias, activations=self.activations)
 
     def _swiglu(self, gate: str, up: str, down: str) -> dict[str, TensorSpec]:
         hidden, intermediate = self.config.hidden_size, self.config.intermediate_size

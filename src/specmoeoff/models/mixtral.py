@@ -32,4 +32,4 @@ class Mixtral(Llama):
 
     def router(self, weights: Weights, h: F32) -> tuple[I32, F32]:
         """Choose experts for h [T, hidden]: ids int32 [T, k] and weights float32 [T, k]."""
-        return kernels.route(kernels.linear(h, weights["router"]), self.config.num_experts_per_tok)
+        return kernels.route(self._linear(h, weights["router"]), self.config.num_experts_per_tok)

@@ -4,6 +4,10 @@
 // allocates except the scratch the caller passes in. `out` may not overlap any input. All functions
 // may be called from any number of threads at once, on disjoint work items.
 //
+// int8 pages hold whole numbers of -127 to 127 and one float32 scale per token and KV head beside
+// them. A score is computed of the whole numbers and then multiplied by K's scale, a probability by
+// V's scale before it weighs V (not in the softmax sum).
+//
 // Order of every sum (why a row's bits depend on nothing but the row): KV is walked in blocks of
 // kBlock tokens aligned at position 0. A score is a chain of fused multiply-adds over d = 0, 1, ...
 // An output element is a chain over visible tokens in rising order. The softmax sum has 16 partials
@@ -23,6 +27,13 @@ inline constexpr int kAttentionMaxHeadDim = 1024;
 // Rows (query token x query head of the group) that share one pass over the KV.
 inline constexpr int kAttentionMaxRows = 128;
 
+// Element type of keys and values.
+enum class KvType { kFloat32, kBfloat16, kFloat16, kInt8 };
+// An element of float16; one of bfloat16 is a plain uint16_t.
+struct Half {
+  uint16_t bits;
+};
+
 struct AttentionCall {
   const float* q;           // [T, H, D]
   float* out;               // [T, H, D]
@@ -30,7 +41,11 @@ struct AttentionCall {
   const void* values;       // [num_pages, G, P, D]
   int64_t key_page_stride;  // elements from one page to the next
   int64_t value_page_stride;
-  bool is_bfloat16;            // element type of keys and values: bfloat16 or float32
+  KvType kv_type;
+  const float* key_scales;    // [num_pages, G, P], int8 only
+  const float* value_scales;  // the same
+  int64_t key_scale_stride;   // elements from one page to the next
+  int64_t value_scale_stride;
   const int32_t* page_tables;  // [B, table_width], entries below ceil(kv_len / P) are valid pages
   int64_t table_width;
   const int32_t* q_offsets;  // [B + 1], rising
@@ -104,7 +119,11 @@ struct AppendCall {
   void* value_pages;
   int64_t key_page_stride;
   int64_t value_page_stride;
-  bool is_bfloat16;
+  KvType kv_type;
+  float* key_scales;  // as in AttentionCall
+  float* value_scales;
+  int64_t key_scale_stride;
+  int64_t value_scale_stride;
   const int32_t* slots;  // [T] page * P + offset, valid
   int64_t num_tokens;
   int num_kv_heads;
@@ -112,8 +131,9 @@ struct AppendCall {
   int page_size;
 };
 
-// Writes new keys and values into their pages, rounded to nearest even for bfloat16 (NaN kept). A
-// slot given twice keeps the later token.
+// Writes new keys and values into their pages, rounded to nearest even (NaN kept). int8: the scale
+// is the largest magnitude of the head / 127; a head with a NaN or an infinity becomes zeros with a
+// scale of NaN. A slot given twice keeps the later token.
 void AppendKv(const AppendCall& call);
 
 }  // namespace specmoeoff

@@ -19,11 +19,16 @@ namespace {
 struct Pages {
   Array keys;
   Array values;
+  Array key_scales;  // of int8, else empty
+  Array value_scales;
   int64_t num_pages, num_kv_heads, head_dim, page_size;
 
-  Pages(nb::handle k_pages, nb::handle v_pages, bool writable)
-      : keys(k_pages, "k_pages", {Dtype::kUint16, Dtype::kFloat32}, 4, writable, true),
-        values(v_pages, "v_pages", {Dtype::kUint16, Dtype::kFloat32}, 4, writable, true),
+  Pages(nb::handle k_pages, nb::handle v_pages, nb::handle k_scales, nb::handle v_scales,
+        bool writable)
+      : keys(k_pages, "k_pages", {Dtype::kUint16, Dtype::kFloat16, Dtype::kFloat32, Dtype::kInt8},
+             4, writable, true),
+        values(v_pages, "v_pages", {Dtype::kUint16, Dtype::kFloat16, Dtype::kFloat32, Dtype::kInt8},
+               4, writable, true),
         num_pages(keys.dim(0)),
         num_kv_heads(keys.dim(1)),
         head_dim(keys.dim(2)),
@@ -43,12 +48,50 @@ struct Pages {
     }
     if (keys.first_stride() % item_size() != 0) Refuse("k_pages has an odd stride");
     if (values.first_stride() % item_size() != 0) Refuse("v_pages has an odd stride");
+    key_scales = Scales(k_scales, "k_scales", writable);
+    value_scales = Scales(v_scales, "v_scales", writable);
   }
 
-  bool is_bfloat16() const { return keys.dtype() == Dtype::kUint16; }
-  int64_t item_size() const { return is_bfloat16() ? 2 : 4; }
+  KvType kv_type() const {
+    switch (keys.dtype()) {
+      case Dtype::kUint16:
+        return KvType::kBfloat16;
+      case Dtype::kFloat16:
+        return KvType::kFloat16;
+      case Dtype::kInt8:
+        return KvType::kInt8;
+      default:
+        return KvType::kFloat32;
+    }
+  }
+  int64_t item_size() const {
+    switch (kv_type()) {
+      case KvType::kFloat32:
+        return 4;
+      case KvType::kInt8:
+        return 1;
+      default:
+        return 2;
+    }
+  }
   int64_t key_page_stride() const { return keys.first_stride() / item_size(); }
   int64_t value_page_stride() const { return values.first_stride() / item_size(); }
+  static float* ScaleData(const Array& scales) { return scales ? scales.data<float>() : nullptr; }
+  static int64_t ScaleStride(const Array& scales) { return scales ? scales.first_stride() / 4 : 0; }
+
+ private:
+  Array Scales(nb::handle object, const char* name, bool writable) const {
+    const std::string label(name);
+    if (keys.dtype() != Dtype::kInt8) {
+      if (!object.is_none()) Refuse(label + " goes with pages of int8; it must be None");
+      return Array();
+    }
+    if (object.is_none()) Refuse(label + " is missing; pages of int8 need it");
+    Array scales(object, name, {Dtype::kFloat32}, 3, writable, true);
+    RequireShape(scales, name, {num_pages, num_kv_heads, page_size});
+    if (scales.first_stride() % 4 != 0) Refuse(label + " has an odd stride");
+    return scales;
+  }
 };
 
 // Each sequence's numbers must make sense and its pages must exist.
@@ -90,8 +133,9 @@ void CheckNumbers(double scale, int64_t sliding_window, double softcap) {
 
 void BoundAttention(nb::handle q, nb::handle k_pages, nb::handle v_pages, nb::handle page_tables,
                     nb::handle q_offsets, nb::handle kv_lens, double scale, int64_t sliding_window,
-                    double softcap, nb::object sinks, nb::object tree_mask, nb::handle out) {
-  const Pages pages(k_pages, v_pages, false);
+                    double softcap, nb::object sinks, nb::object tree_mask, nb::object k_scales,
+                    nb::object v_scales, nb::handle out) {
+  const Pages pages(k_pages, v_pages, k_scales, v_scales, false);
   const Array queries(q, "q", {Dtype::kFloat32}, 3);
   const Array output(out, "out", {Dtype::kFloat32}, 3, true);
   const Array tables(page_tables, "page_tables", {Dtype::kInt32}, 2);
@@ -124,7 +168,11 @@ void BoundAttention(nb::handle q, nb::handle k_pages, nb::handle v_pages, nb::ha
       .values = pages.values.data<void>(),
       .key_page_stride = pages.key_page_stride(),
       .value_page_stride = pages.value_page_stride(),
-      .is_bfloat16 = pages.is_bfloat16(),
+      .kv_type = pages.kv_type(),
+      .key_scales = Pages::ScaleData(pages.key_scales),
+      .value_scales = Pages::ScaleData(pages.value_scales),
+      .key_scale_stride = Pages::ScaleStride(pages.key_scales),
+      .value_scale_stride = Pages::ScaleStride(pages.value_scales),
       .page_tables = tables.data<int32_t>(),
       .table_width = tables.dim(1),
       .q_offsets = offsets.data<int32_t>(),
@@ -145,8 +193,8 @@ void BoundAttention(nb::handle q, nb::handle k_pages, nb::handle v_pages, nb::ha
 }
 
 void BoundAppend(nb::handle keys, nb::handle values, nb::handle k_pages, nb::handle v_pages,
-                 nb::handle slots) {
-  const Pages pages(k_pages, v_pages, true);
+                 nb::handle slots, nb::object k_scales, nb::object v_scales) {
+  const Pages pages(k_pages, v_pages, k_scales, v_scales, true);
   const Array k(keys, "keys", {Dtype::kFloat32}, 3);
   const Array v(values, "values", {Dtype::kFloat32}, 3);
   const Array where(slots, "slots", {Dtype::kInt32}, 1);
@@ -167,7 +215,11 @@ void BoundAppend(nb::handle keys, nb::handle values, nb::handle k_pages, nb::han
       .value_pages = pages.values.data<void>(),
       .key_page_stride = pages.key_page_stride(),
       .value_page_stride = pages.value_page_stride(),
-      .is_bfloat16 = pages.is_bfloat16(),
+      .kv_type = pages.kv_type(),
+      .key_scales = Pages::ScaleData(pages.key_scales),
+      .value_scales = Pages::ScaleData(pages.value_scales),
+      .key_scale_stride = Pages::ScaleStride(pages.key_scales),
+      .value_scale_stride = Pages::ScaleStride(pages.value_scales),
       .slots = slot,
       .num_tokens = num_tokens,
       .num_kv_heads = static_cast<int>(pages.num_kv_heads),
@@ -185,7 +237,9 @@ void BindAttention(nb::module_& m) {
   m.def("chunked_attention", &specmoeoff::BoundAttention, nb::arg("q"), nb::arg("k_pages"),
         nb::arg("v_pages"), nb::arg("page_tables"), nb::arg("q_offsets"), nb::arg("kv_lens"),
         nb::arg("scale"), nb::arg("sliding_window"), nb::arg("softcap"), nb::arg("sinks").none(),
-        nb::arg("tree_mask").none(), nb::arg("out"));
+        nb::arg("tree_mask").none(), nb::arg("k_scales").none(), nb::arg("v_scales").none(),
+        nb::arg("out"));
   m.def("append_kv", &specmoeoff::BoundAppend, nb::arg("keys"), nb::arg("values"),
-        nb::arg("k_pages"), nb::arg("v_pages"), nb::arg("slots"));
+        nb::arg("k_pages"), nb::arg("v_pages"), nb::arg("slots"), nb::arg("k_scales").none(),
+        nb::arg("v_scales").none());
 }

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from specmoeoff.errors import InvalidInputError
 
-KvDtype = Literal["bfloat16", "float32"]
+KvDtype = Literal["bfloat16", "float16", "float32", "int8"]
 ExpertMode = Literal["auto", "belt", "demand"]
 SpeculativeMethod = Literal["draft_model", "ngram"]
 
+KV_DTYPES: tuple[KvDtype, ...] = get_args(KvDtype)
 MAX_SPECULATIVE_TOKENS = 32
 
 
@@ -85,6 +86,8 @@ class SpeculativeConfig:
     draft_weight_dtype: Literal["auto", "int8"] = "int8"
     """``int8`` keeps the draft's matrices as int8 with one float32 scale per row, which halves the
     memory it takes from the target; ``auto`` keeps the checkpoint's dtype. Output is the same."""
+    draft_kv_dtype: Literal["auto"] | KvDtype = "int8"
+    """Element type of the draft's KV cache; ``auto`` is the target's. Output is the same."""
 
     def __post_init__(self) -> None:
         if self.method not in ("draft_model", "ngram"):
@@ -109,6 +112,11 @@ class SpeculativeConfig:
             raise InvalidInputError(
                 f"draft_weight_dtype is {self.draft_weight_dtype!r}; use 'auto' or 'int8'"
             )
+        if self.draft_kv_dtype not in ("auto", *KV_DTYPES):
+            raise InvalidInputError(
+                f"draft_kv_dtype is {self.draft_kv_dtype!r}; "
+                f"use one of auto, {', '.join(KV_DTYPES)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -122,7 +130,9 @@ class EngineConfig:
     device: Literal["auto", "cpu"] = "auto"
     """Where the target runs."""
     kv_dtype: KvDtype = "bfloat16"
-    """Element type of the KV cache."""
+    """Element type of the KV cache. ``int8`` has one float32 scale per token and KV head and takes
+    little more than half of ``bfloat16``. Another dtype is another rounding of keys and values, so
+    it may change the output; each gives the same tokens whatever the schedule and the drafts."""
     max_num_seqs: int = 64
     """Most sequences that run at once."""
     max_num_batched_tokens: int | None = None
@@ -149,7 +159,7 @@ class EngineConfig:
                 raise InvalidInputError(f"{name} is {value}; it must be at least 1")
         for name, allowed in (
             ("device", ("auto", "cpu")),
-            ("kv_dtype", ("bfloat16", "float32")),
+            ("kv_dtype", KV_DTYPES),
             ("expert_mode", ("auto", "belt", "demand")),
         ):
             if getattr(self, name) not in allowed:

@@ -86,7 +86,10 @@ MaxLen = Annotated[
 KvDtype = Annotated[
     str | None,
     engine_option(
-        "--kv-dtype", metavar="DTYPE", help="KV cache: bfloat16 or float32. Default: bfloat16."
+        "--kv-dtype",
+        metavar="DTYPE",
+        help="KV cache: bfloat16, float16, float32 or int8 (half the memory, rounds more). "
+        "Default: bfloat16.",
     ),
 ]
 Threads = Annotated[

@@ -9,7 +9,13 @@ from specmoeoff import kernels
 from specmoeoff.engine.allocator import return_large_blocks
 from specmoeoff.engine.engine import Engine, Parts
 from specmoeoff.engine.forward import Forward, ResidentExperts, Span
-from specmoeoff.engine.memory_plan import DRAFT_ROWS, MemoryPlan, make_plan, open_models
+from specmoeoff.engine.memory_plan import (
+    DRAFT_ROWS,
+    MemoryPlan,
+    draft_kv_dtype,
+    make_plan,
+    open_models,
+)
 from specmoeoff.engine.weights import Loader, ModelWeights, load_dense, load_whole
 from specmoeoff.errors import InvalidInputError
 from specmoeoff.models.registry import build_model
@@ -27,7 +33,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from specmoeoff.config import EngineConfig, ModelConfig, SpeculativeConfig
+    from specmoeoff.config import EngineConfig, KvDtype, ModelConfig, SpeculativeConfig
     from specmoeoff.engine.model_files import ModelFiles
     from specmoeoff.kernels import Activations
     from specmoeoff.offload.kv_cache import KvSequence
@@ -53,7 +59,7 @@ def build_engine(config: EngineConfig) -> Engine:
     target_files, draft_files = open_models(config)
     plan = make_plan(config, target_files, draft_files)
     weights = load_dense(target_files.model, Loader(target_files.checkpoint))
-    kv = _kv_cache(target_files.model.config, config, plan.kv_pages)
+    kv = _kv_cache(target_files.model.config, config.kv_dtype, plan.kv_pages)
     caches = [kv]
     drafter: Drafter | None = None
     shared_bytes = 0
@@ -123,7 +129,7 @@ def _draft_forward(
 ) -> DraftForward:
     loader = Loader(files.checkpoint, target, speculative.draft_weight_dtype == "int8")
     weights = load_whole(files.model, loader)
-    kv = _kv_cache(files.model.config, config, plan.kv_pages)
+    kv = _kv_cache(files.model.config, draft_kv_dtype(config), plan.kv_pages)
     # Drafts never change the output, so they take the rounding where it makes them faster.
     activations: Activations = "bfloat16" if kernels.multiplies_bfloat16() else "float32"
     model = build_model(files.model.config, activations)
@@ -131,8 +137,8 @@ def _draft_forward(
     return DraftForward(forward, weights.shared_bytes)
 
 
-def _kv_cache(model: ModelConfig, config: EngineConfig, max_pages: int) -> KvCache:
-    return KvCache(model.num_layers, model.num_kv_heads, model.head_dim, max_pages, config.kv_dtype)
+def _kv_cache(model: ModelConfig, dtype: KvDtype, max_pages: int) -> KvCache:
+    return KvCache(model.num_layers, model.num_kv_heads, model.head_dim, max_pages, dtype)
 
 
 def _budget(speculative: SpeculativeConfig | None) -> AdaptiveBudget | FixedBudget:

@@ -118,7 +118,8 @@ class Forward:
     ) -> None:
         q, k, v = self.model.pre_attention(weights, x, rope)
         k_pages, v_pages = self.kv.layer(layer)
-        kernels.append_kv(k, v, k_pages, v_pages, places.slots)
+        k_scales, v_scales = self.kv.scales(layer)
+        kernels.append_kv(k, v, k_pages, v_pages, places.slots, k_scales, v_scales)
         attention = kernels.chunked_attention(
             q,
             k_pages,
@@ -128,6 +129,8 @@ class Forward:
             places.kv_lens,
             self._scale,
             sliding_window=self._window,
+            k_scales=k_scales,
+            v_scales=v_scales,
         )
         h = self.model.post_attention(weights, x, attention)
         expert_ids, expert_weights = self.model.router(weights, h)

@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from specmoeoff.config import EngineConfig, ModelConfig, Policy
+from specmoeoff.config import EngineConfig, KvDtype, ModelConfig, Policy
 from specmoeoff.engine.model_files import ModelFiles, check_pair
 from specmoeoff.engine.weights import Loader
 from specmoeoff.errors import DoesNotFitError
@@ -103,8 +103,8 @@ def make_plan(config: EngineConfig, target: ModelFiles, draft: ModelFiles | None
         config.max_model_len or model.max_position_embeddings, model.max_position_embeddings
     )
     slot = max(layout.num_bytes for layer in target.expert_layouts() for layout in layer)
-    page = _page_bytes(model, config)
-    draft_page = _page_bytes(draft.model.config, config) if draft is not None else 0
+    page = _page_bytes(model, config.kv_dtype)
+    draft_page = _page_bytes(draft.model.config, draft_kv_dtype(config)) if draft else 0
     least_slots = MIN_SLOTS * slot
     least_kv = -(-min(MIN_KV_TOKENS, model_len) // PAGE_TOKENS) * (page + draft_page)
     parts = _weights(config, target, draft)
@@ -209,8 +209,16 @@ def _step_parts(
     return held
 
 
-def _page_bytes(model: ModelConfig, config: EngineConfig) -> int:
-    return page_bytes(model.num_layers, model.num_kv_heads, model.head_dim, config.kv_dtype)
+def _page_bytes(model: ModelConfig, dtype: KvDtype) -> int:
+    return page_bytes(model.num_layers, model.num_kv_heads, model.head_dim, dtype)
+
+
+def draft_kv_dtype(config: EngineConfig) -> KvDtype:
+    """Return the element type of the draft's KV cache."""
+    speculative = config.speculative
+    if speculative is None or speculative.draft_kv_dtype == "auto":
+        return config.kv_dtype
+    return speculative.draft_kv_dtype
 
 
 def _too_small(memory: int, parts: list[tuple[str, int]], slots: int, kv: int) -> DoesNotFitError:

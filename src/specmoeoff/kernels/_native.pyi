@@ -53,7 +53,15 @@ def pack_int8_dot(weight: Weight, packed: NDArray[Any], scales: F32) -> None: ..
 def widen(weight: Weight, out: F32) -> None: ...
 def quantize_int8(weight: Weight, values: NDArray[Any], scales: F32) -> None: ...
 def to_bfloat16(x: F32, out: NDArray[Any]) -> None: ...
-def append_kv(keys: F32, values: F32, k_pages: Array, v_pages: Array, slots: I32) -> None: ...
+def append_kv(
+    keys: F32,
+    values: F32,
+    k_pages: Array,
+    v_pages: Array,
+    slots: I32,
+    k_scales: F32 | None,
+    v_scales: F32 | None,
+) -> None: ...
 def chunked_attention(
     q: F32,
     k_pages: Array,
@@ -66,6 +74,8 @@ def chunked_attention(
     softcap: float,
     sinks: F32 | None,
     tree_mask: U64 | None,
+    k_scales: F32 | None,
+    v_scales: F32 | None,
     out: F32,
 ) -> None: ...
 def cpu_targets() -> list[str]: ...

@@ -166,9 +166,20 @@ def to_bfloat16(x: F32) -> NDArray[np.uint16]:
     return out.reshape(x.shape)
 
 
-def append_kv(keys: F32, values: F32, k_pages: Array, v_pages: Array, slots: I32) -> None:
-    """Write keys and values [T, G, D] into their pages; slots int32 [T] is page * P + offset."""
-    _native.append_kv(keys, values, k_pages, v_pages, slots)
+def append_kv(
+    keys: F32,
+    values: F32,
+    k_pages: Array,
+    v_pages: Array,
+    slots: I32,
+    k_scales: F32 | None = None,
+    v_scales: F32 | None = None,
+) -> None:
+    """Write keys and values [T, G, D] into their pages; slots int32 [T] is page * P + offset.
+
+    Pages of int8 take ``k_scales`` and ``v_scales``, float32 [num_pages, G, P].
+    """
+    _native.append_kv(keys, values, k_pages, v_pages, slots, k_scales, v_scales)
 
 
 def chunked_attention(
@@ -184,6 +195,8 @@ def chunked_attention(
     softcap: float = 0.0,
     sinks: F32 | None = None,
     tree_mask: U64 | None = None,
+    k_scales: F32 | None = None,
+    v_scales: F32 | None = None,
     out: F32 | None = None,
 ) -> F32:
     """Attend n new tokens of each sequence to its whole paged KV: q [T, H, D] -> [T, H, D]."""
@@ -201,6 +214,8 @@ def chunked_attention(
         softcap,
         sinks,
         tree_mask,
+        k_scales,
+        v_scales,
         out,
     )
     return out

@@ -216,20 +216,51 @@ def expert_ffn_many(
             )
 
 
-def append_kv(keys: F32, values: F32, k_pages: Array, v_pages: Array, slots: I32) -> None:
+def append_kv(
+    keys: F32,
+    values: F32,
+    k_pages: Array,
+    v_pages: Array,
+    slots: I32,
+    k_scales: F32 | None = None,
+    v_scales: F32 | None = None,
+) -> None:
     """Write new keys and values into their pages, rounded to the cache's dtype.
 
     keys and values [T, G, D]; k_pages [num_pages, G, D, P] (token-minor) and v_pages
-    [num_pages, G, P, D], uint16 (bfloat16) or float32, their first dimension may be strided;
-    slots int32 [T], page * P + offset in the page.
+    [num_pages, G, P, D], uint16 (bfloat16), float16, float32 or int8, their first dimension may be
+    strided; slots int32 [T], page * P + offset in the page. int8 (and nothing else) takes
+    ``k_scales`` and ``v_scales``, float32 [num_pages, G, P], the first dimension maybe strided: an
+    element is int8 times its token's and head's scale, which is the head's largest magnitude / 127,
+    or NaN if there is a NaN or an infinity in the head (its int8 are zeros then).
     """
     page_size = v_pages.shape[2]
-    convert = to_bfloat16 if k_pages.dtype == np.uint16 else np.asarray
-    k, v = convert(keys), convert(values)
+    k, k_scale = _to_kv(keys, k_pages.dtype)
+    v, v_scale = _to_kv(values, v_pages.dtype)
     for t, slot in enumerate(slots):
         page, at = divmod(int(slot), page_size)
         k_pages[page, :, :, at] = k[t]
         v_pages[page, :, at, :] = v[t]
+        if k_scales is not None and v_scales is not None:
+            k_scales[page, :, at] = k_scale[t]
+            v_scales[page, :, at] = v_scale[t]
+
+
+def _to_kv(x: F32, dtype: np.dtype[np.generic]) -> tuple[Array, F32]:
+    """Round keys or values [T, G, D] to a cache's dtype; their scales [T, G] are ones but for int8.
+
+    Rounding is to nearest, ties to even.
+    """
+    if dtype == np.int8:
+        finite = np.isfinite(x.sum(axis=2, dtype=np.float64))
+        x = np.where(finite[:, :, None], x, np.float32(0))
+        scales = np.abs(x).max(axis=2, initial=0) / np.float32(127)
+        safe = np.where(scales == 0, np.float32(1), scales)
+        values = np.rint(x / safe[:, :, None]).clip(-127, 127).astype(np.int8)
+        return values, np.where(finite, scales, np.float32(np.nan))
+    with np.errstate(over="ignore"):
+        rounded = to_bfloat16(x) if dtype == np.uint16 else x.astype(dtype)
+    return rounded, np.ones(x.shape[:2], np.float32)
 
 
 def chunked_attention(
@@ -245,6 +276,8 @@ def chunked_attention(
     softcap: float = 0.0,
     sinks: F32 | None = None,
     tree_mask: U64 | None = None,
+    k_scales: F32 | None = None,
+    v_scales: F32 | None = None,
     out: F32 | None = None,
 ) -> F32:
     """Attend n new tokens of each sequence to its whole paged KV, which already holds them.
@@ -255,6 +288,7 @@ def chunked_attention(
     new ones those up to itself, or with ``tree_mask`` (uint64 [T], n <= 64) those whose bit is set.
     ``sliding_window`` w > 0 hides tokens w or more positions back. ``softcap`` c > 0 replaces a
     score s by c * tanh(s / c). ``sinks`` float32 [H] adds exp(sink) to each softmax sum.
+    Pages and ``k_scales`` and ``v_scales`` are as ``append_kv`` writes them.
     Returns [T, H, D]. Query head h reads KV head h // (H // G).
     """
     result = np.zeros_like(q) if out is None else out
@@ -270,6 +304,10 @@ def chunked_attention(
         k = widen(k_pages[pages]).transpose(1, 0, 3, 2).reshape(num_kv_heads, -1, head_dim)
         v = widen(v_pages[pages]).transpose(1, 0, 2, 3).reshape(num_kv_heads, -1, head_dim)
         k, v = k[:, :kv_len].astype(np.float64), v[:, :kv_len].astype(np.float64)
+        if k_scales is not None and v_scales is not None:
+            for x, scales in ((k, k_scales), (v, v_scales)):
+                scale_of = scales[pages].transpose(1, 0, 2).reshape(num_kv_heads, -1)
+                x *= scale_of[:, :kv_len, None]
         position = kv_len - n + np.arange(n)
         seen = np.arange(kv_len)[None, :] <= position[:, None]
         if tree_mask is not None:

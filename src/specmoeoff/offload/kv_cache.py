@@ -1,8 +1,9 @@
 """A paged KV cache that is resident only where sequences are.
 
-A page is a record of P tokens through all layers: [layer][K: G, D, P][V: G, P, D]. Pages are handed
-out lowest first, so the cache ends at a high-water mark, and what lies above it costs nothing. A
-sequence's interface is append, truncate and free; truncation moves a number, nothing else.
+A page is a record of P tokens through all layers: [layer][K: G, D, P][V: G, P, D], with int8
+followed by the scales of K and of V, float32 [G, P] each. Pages are handed out lowest first, so the
+cache ends at a high-water mark, and what lies above it costs nothing. A sequence's interface is
+append, truncate and free; truncation moves a number, nothing else.
 
 Knows tokens by count only. Whether memory may grow is asked of a callback, see elastic.py.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -22,10 +23,15 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+Scalar = TypeVar("Scalar", bound=np.generic)
+
 _DTYPES: dict[str, np.dtype[np.generic]] = {
     "bfloat16": np.dtype(np.uint16),
+    "float16": np.dtype(np.float16),
     "float32": np.dtype(np.float32),
+    "int8": np.dtype(np.int8),
 }
+_SCALE = np.dtype(np.float32)
 
 
 @dataclass
@@ -58,12 +64,20 @@ class KvCache:
         k_shape = (max_pages, num_kv_heads, head_dim, page_size)
         v_shape = (max_pages, num_kv_heads, page_size, head_dim)
         half_bytes = num_kv_heads * head_dim * page_size * item.itemsize
+        scales_shape = (max_pages, num_kv_heads, page_size)
+        scales_bytes = _scales_bytes(num_kv_heads, dtype, page_size)
         self._k = []
         self._v = []
+        self._scales: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
         for layer in range(num_layers):
-            at = 2 * layer * half_bytes
+            at = 2 * layer * (half_bytes + scales_bytes)
             self._k.append(_field(records, at, item, k_shape))
             self._v.append(_field(records, at + half_bytes, item, v_shape))
+            if scales_bytes:
+                at += 2 * half_bytes
+                k_scales = _field(records, at, _SCALE, scales_shape)
+                v_scales = _field(records, at + scales_bytes, _SCALE, scales_shape)
+                self._scales.append((k_scales, v_scales))
         self._free = list(range(max_pages))
         self.num_used = 0
         self.high_water = 0
@@ -74,6 +88,12 @@ class KvCache:
     def layer(self, layer: int) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
         """Return a layer's k_pages [max_pages, G, D, P] and v_pages [max_pages, G, P, D]."""
         return self._k[layer], self._v[layer]
+
+    def scales(
+        self, layer: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]] | tuple[None, None]:
+        """Return a layer's k_scales and v_scales [max_pages, G, P] for int8, else None twice."""
+        return self._scales[layer] if self._scales else (None, None)
 
     def pages_for(self, num_tokens: int) -> int:
         """Return how many pages hold ``num_tokens``."""
@@ -152,13 +172,18 @@ def page_bytes(
     num_layers: int, num_kv_heads: int, head_dim: int, dtype: str, page_size: int = 32
 ) -> int:
     """Return the bytes of one page record, rounded up to whole memory pages."""
-    record = 2 * num_layers * num_kv_heads * head_dim * page_size * _DTYPES[dtype].itemsize
-    return round_up(record)
+    half = num_kv_heads * head_dim * page_size * _DTYPES[dtype].itemsize
+    return round_up(2 * num_layers * (half + _scales_bytes(num_kv_heads, dtype, page_size)))
+
+
+def _scales_bytes(num_kv_heads: int, dtype: str, page_size: int) -> int:
+    """Return the bytes of K's scales in one layer of a page; V has as many."""
+    return num_kv_heads * page_size * _SCALE.itemsize if dtype == "int8" else 0
 
 
 def _field(
-    records: NDArray[np.uint8], at: int, dtype: np.dtype[np.generic], shape: tuple[int, ...]
-) -> NDArray[np.generic]:
+    records: NDArray[np.uint8], at: int, dtype: np.dtype[Scalar], shape: tuple[int, ...]
+) -> NDArray[Scalar]:
     """View one field of every record as an array whose first stride is the record."""
     strides = [dtype.itemsize]
     for size in reversed(shape[2:]):

@@ -32,9 +32,17 @@ class Problem:
 
     def arguments(self, seed: int = 0) -> tuple[Array, ...]:
         """Return the positional arguments, pages in random order inside strided records."""
+        return self._filled(seed)[0]
+
+    def scales(self, seed: int = 0) -> dict[str, Array]:
+        """Return k_scales and v_scales that go with them; nothing unless the dtype is int8."""
+        return self._filled(seed)[1]
+
+    def _filled(self, seed: int) -> tuple[tuple[Array, ...], dict[str, Array]]:
         heads, dim = self.keys[0].shape[1:]
         counts = [-(-length // self.page_size) for length in self.lens]
         k_pages, v_pages = empty_pages(sum(counts) + 2, heads, dim, self.page_size, self.dtype)
+        scales = empty_scales(len(k_pages), heads, self.page_size, self.dtype)
         ids = np.random.default_rng(seed).permutation(len(k_pages)).astype(np.int32)
         tables = np.full((len(counts), max([*counts, 1])), -1, np.int32)
         at = 0
@@ -45,14 +53,16 @@ class Problem:
             at += count
             token = np.arange(length)
             slots = row[token // self.page_size] * self.page_size + token % self.page_size
-            reference.append_kv(keys[:length], values[:length], k_pages, v_pages, slots)
+            reference.append_kv(keys[:length], values[:length], k_pages, v_pages, slots, **scales)
         offsets = np.concatenate([[0], np.cumsum(self.num_queries)]).astype(np.int32)
-        return self.q, k_pages, v_pages, tables, offsets, np.array(self.lens, np.int32)
+        lens = np.array(self.lens, np.int32)
+        return (self.q, k_pages, v_pages, tables, offsets, lens), scales
 
     def expected(self) -> Array:
         """Return what the specification says."""
         with np.errstate(invalid="ignore"):
-            return reference.chunked_attention(*self.arguments(), self.scale, **self.options)
+            options = {**self.options, **self.scales()}
+            return reference.chunked_attention(*self.arguments(), self.scale, **options)
 
     def with_options(self, **options: Any) -> Problem:
         """Return the same problem with some options set."""
@@ -62,15 +72,33 @@ class Problem:
 def empty_pages(
     num_pages: int, heads: int, dim: int, page_size: int, dtype: str
 ) -> tuple[Array, Array]:
-    """Return k_pages and v_pages full of NaN, views into records that hold more than them."""
+    """Return k_pages and v_pages full of NaN (int8: 127), views into records that hold more."""
     half = heads * dim * page_size
     records = np.full((num_pages, 2 * half + 32), np.nan, np.float32)
-    stored = reference.to_bfloat16(records) if dtype == "bfloat16" else records
+    if dtype == "bfloat16":
+        stored = reference.to_bfloat16(records)
+    elif dtype == "int8":
+        stored = np.full(records.shape, 127, np.int8)
+    else:
+        stored = records.astype(dtype)
     k_pages = stored[:, 16 : 16 + half].reshape(num_pages, heads, dim, page_size)
     v_pages = stored[:, 16 + half : -16].reshape(num_pages, heads, page_size, dim)
     assert np.shares_memory(k_pages, stored)
     assert np.shares_memory(v_pages, stored)
     return k_pages, v_pages
+
+
+def empty_scales(num_pages: int, heads: int, page_size: int, dtype: str) -> dict[str, Array]:
+    """Return k_scales and v_scales full of NaN, views into larger records, if the dtype is int8."""
+    if dtype != "int8":
+        return {}
+    half = heads * page_size
+    records = np.full((num_pages, 2 * half + 16), np.nan, np.float32)
+    shape = (num_pages, heads, page_size)
+    return {
+        "k_scales": records[:, 16 : 16 + half].reshape(shape),
+        "v_scales": records[:, 16 + half :].reshape(shape),
+    }
 
 
 def make_problem(

@@ -1,0 +1,283 @@
+"""KV in float16 and int8: the same guarantees as bfloat16 and float32 have.
+
+Against ``reference`` a result is within the error bound of its order of summation; int8 is taken
+as it was stored, so its rounding is no part of the error. Between CPU targets, splits of the
+queries, batch mates, thread counts and page sizes it is equal bit for bit. Pages are NaN wherever
+no token that counts was written (int8: 127 with a scale of NaN).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paged_kv import Problem, empty_pages, empty_scales, make_problem, random_tree_mask
+from specmoeoff import kernels
+from specmoeoff.kernels import reference
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+EPS = float(np.finfo(np.float32).eps)
+RANGE = 1024
+DTYPES = ["float16", "int8"]
+
+
+@pytest.fixture(autouse=True)
+def _restore_settings() -> Iterator[None]:
+    target, threads = kernels.cpu_target(), kernels.num_threads()
+    yield
+    kernels.use_cpu_target(target)
+    kernels.set_num_threads(threads)
+
+
+def attend(problem: Problem, seed: int = 0) -> np.ndarray:
+    options = {**problem.options, **problem.scales(seed)}
+    return kernels.chunked_attention(*problem.arguments(seed), problem.scale, **options)
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def on_each_target(problem: Problem) -> np.ndarray:
+    """Return what every CPU target computes, having checked that they agree bit for bit."""
+    results = []
+    for target in kernels.cpu_targets():
+        kernels.use_cpu_target(target)
+        results.append(attend(problem))
+    for target, result in zip(kernels.cpu_targets(), results, strict=True):
+        assert same_bits(result, results[0]), f"{target} differs from scalar"
+    return results[-1]
+
+
+def bound(problem: Problem) -> float:
+    """Most that an output can be off; see ``test_kernels_attention.bound``.
+
+    Three more roundings of a score and of a probability: those of the scales.
+    """
+    additions = min(max(problem.lens), RANGE) + max(problem.lens) // RANGE + 32
+    largest_k = max(float(np.abs(k).sum(axis=2).max(initial=0)) for k in problem.keys)
+    largest_v = max(float(np.abs(v).max(initial=0)) for v in problem.values)
+    score = (problem.q.shape[2] + 8) * EPS * problem.scale
+    score *= float(np.abs(problem.q).max(initial=0)) * 1.01 * largest_k
+    score += 8 * EPS * problem.options.get("softcap", 0.0)
+    return (2 * score + (additions + 4) * EPS) * 1.01 * largest_v + 1e-30
+
+
+def check(problem: Problem) -> None:
+    result = on_each_target(problem)
+    np.testing.assert_allclose(result, problem.expected(), rtol=0, atol=bound(problem))
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    lens, num_queries = [], []
+    for _ in range(draw(st.integers(1, 3))):
+        num_queries.append(draw(st.sampled_from([0, 1, 1, 2, 5, 16, 33])))
+        lens.append(num_queries[-1] + draw(st.sampled_from([0, 1, 31, 48, 63, 64, 65, 150])))
+    num_kv_heads = draw(st.integers(1, 3))
+    problem = make_problem(
+        lens,
+        num_queries,
+        num_heads=num_kv_heads * draw(st.sampled_from([1, 2, 3, 7])),
+        num_kv_heads=num_kv_heads,
+        head_dim=draw(st.sampled_from([1, 8, 16, 24, 48, 64, 80])),
+        page_size=draw(st.sampled_from([16, 32, 48, 64])),
+        dtype=draw(st.sampled_from(DTYPES)),
+        spread=draw(st.sampled_from([1.0, 1.0, 50.0, 1e-38])),
+        seed=draw(st.integers(0, 2**16)),
+    )
+    if draw(st.booleans()) and max(num_queries) <= 16:
+        problem = problem.with_options(tree_mask=random_tree_mask(num_queries, 5))
+    if draw(st.booleans()):
+        problem = problem.with_options(sliding_window=draw(st.sampled_from([1, 7, 64, 90])))
+    if draw(st.booleans()):
+        problem = problem.with_options(softcap=draw(st.sampled_from([0.5, 30.0])))
+    if draw(st.booleans()):
+        sinks = np.linspace(-30, 5, problem.q.shape[1]).astype(np.float32)
+        problem = problem.with_options(sinks=sinks)
+    return problem
+
+
+@settings(max_examples=80)
+@given(problems())
+def test_is_the_reference_on_every_target(problem: Problem) -> None:
+    check(problem)
+
+
+@pytest.mark.parametrize("head_dim", [96, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_heads(head_dim: int, dtype: str) -> None:
+    check(make_problem([77, 64], [3, 1], head_dim=head_dim, dtype=dtype))
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 1100}])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_contexts_are_combined_from_ranges(dtype: str, options: dict[str, Any]) -> None:
+    lens, num_queries = [2 * RANGE + 5, RANGE, RANGE + 1, 9], [2, 1, 3, 1]
+    shape = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
+    check(make_problem(lens, num_queries, **shape, dtype=dtype, **options))
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 40, "softcap": 3.0}])
+@pytest.mark.parametrize("length", [200, 1100])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_do_not_depend_on_how_the_queries_are_split(
+    length: int, dtype: str, options: dict[str, Any]
+) -> None:
+    problem = make_problem([length], [200], num_heads=6, dtype=dtype, head_dim=48, **options)
+    whole = attend(problem)
+    for sizes in ([1] * 200, [5] * 40, [64, 64, 64, 8], [1, 150, 49]):
+        outputs, done = [], 0
+        for size in sizes:
+            end = length - 200 + done + size
+            q = problem.q[done : done + size]
+            outputs.append(attend(replace(problem, q=q, lens=[end], num_queries=[size])))
+            done += size
+        assert same_bits(np.concatenate(outputs), whole), sizes[:4]
+
+
+@given(
+    lens=st.lists(st.integers(8, 1500), min_size=1, max_size=5),
+    threads=st.sampled_from([1, 2, 3, 5]),
+    page_size=st.sampled_from([16, 32, 48, 64, 128]),
+    head_dim=st.sampled_from([24, 32, 64]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=25)
+def test_bits_do_not_depend_on_batch_threads_or_pages(
+    lens: list[int], threads: int, page_size: int, head_dim: int, dtype: str, seed: int
+) -> None:
+    num_queries = [(7 * i + seed) % 8 + 1 for i in range(len(lens))]
+    together = make_problem(
+        lens, num_queries, head_dim=head_dim, seed=seed, page_size=page_size, dtype=dtype
+    )
+    kernels.set_num_threads(threads)
+    batch = attend(together, seed)
+    kernels.set_num_threads(1)
+    start = 0
+    for i, n in enumerate(num_queries):
+        alone = replace(
+            together,
+            q=together.q[start : start + n],
+            keys=together.keys[i : i + 1],
+            values=together.values[i : i + 1],
+            lens=lens[i : i + 1],
+            num_queries=[n],
+            page_size=32,
+        )
+        assert same_bits(attend(alone), batch[start : start + n])
+        start += n
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_hidden_tokens_contribute_nothing_whatever_they_hold(dtype: str) -> None:
+    # Two branches below one root: 0-1-2 and 0-3-4. The second one is garbage.
+    bits = np.array([0b00001, 0b00011, 0b00111, 0b01001, 0b11001], np.uint64)
+    problem = make_problem([100], [5], tree_mask=bits, dtype=dtype)
+    clean = attend(problem)
+    for garbage in (np.nan, np.inf, -np.inf):
+        dirty = make_problem([100], [5], tree_mask=bits, dtype=dtype)
+        dirty.keys[0][98:] = garbage
+        dirty.values[0][98:] = garbage
+        with np.errstate(invalid="ignore"):
+            result = on_each_target(dirty)
+        assert same_bits(result[:3], clean[:3])
+        assert np.isnan(result[3:]).all()
+
+
+def test_int8_is_as_near_as_eight_bits_allow() -> None:
+    exact = make_problem([300], [4], head_dim=64, dtype="float32")
+    off = np.abs(attend(replace(exact, dtype="int8")) - attend(exact)).max()
+    step = max(float(np.abs(v).max()) for v in exact.values) / 127
+    assert 0 < off < step
+
+
+SPECIAL = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-40, -1e-45, 3.4e38, 65504.0, 65519.9, 65520.0]
+SPECIAL += [-65536.0, 2**-14, 2**-15 * 1.0009765625, -(2.0**-24), 2**-25, 2**-25 * 1.5, 6.1e-5]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("page_size", [16, 48])
+@pytest.mark.parametrize("num_tokens", [0, 1, 50, 3000])
+def test_append_kv_writes_the_reference_bits(dtype: str, page_size: int, num_tokens: int) -> None:
+    rng = np.random.default_rng(3)
+    keys = rng.standard_normal((num_tokens, 3, 8)).astype(np.float32)
+    values = rng.standard_normal((num_tokens, 3, 8)).astype(np.float32)
+    keys.reshape(-1)[: len(SPECIAL)] = SPECIAL[: keys.size]
+    values[30:] *= np.float32(2) ** rng.integers(-30, 20, (num_tokens, 3, 8))[30:]
+    keys[40:43] = 0
+    keys[43:44] = 1e-45
+    num_pages = 3000 // page_size + 1
+    slots = rng.permutation(num_pages * page_size)[:num_tokens].astype(np.int32)
+    if num_tokens > 1:
+        slots[-1] = slots[0]  # the later one stays
+    results = []
+    for append in (kernels.append_kv, reference.append_kv):
+        pages = empty_pages(num_pages, 3, 8, page_size, dtype)
+        scales = empty_scales(num_pages, 3, page_size, dtype)
+        with np.errstate(invalid="ignore"):
+            append(keys, values, *pages, slots, **scales)
+        results.append([*pages, *scales.values()])
+    for ours, theirs in zip(*results, strict=True):
+        assert same_bits(ours, theirs)
+
+
+@pytest.mark.slow
+def test_append_kv_rounds_every_float16_and_what_lies_between() -> None:
+    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float64)
+    between = (halves[1:] + halves[:-1]) / 2
+    near = np.concatenate([halves, between]).astype(np.float32)
+    numbers = np.concatenate([near, np.nextafter(near, np.float32(np.inf)), -near])
+    numbers = np.resize(numbers, (len(numbers) // 16 + 1, 1, 16)).astype(np.float32)
+    k_pages, v_pages = empty_pages(len(numbers) // 16 + 1, 1, 16, 16, "float16")
+    kernels.append_kv(numbers, numbers, k_pages, v_pages, np.arange(len(numbers), dtype=np.int32))
+    stored = np.ascontiguousarray(v_pages).reshape(-1, 16)[: len(numbers)]
+    assert same_bits(stored, numbers[:, 0].astype(np.float16))
+
+
+def arguments(dtype: str) -> dict[str, Any]:
+    """Return good arguments of chunked_attention."""
+    names = ["q", "k_pages", "v_pages", "page_tables", "q_offsets", "kv_lens"]
+    problem = make_problem([40, 7], [2, 3], dtype=dtype)
+    good = dict(zip(names, problem.arguments(), strict=True))
+    return {**good, "scale": 1.0, **problem.scales()}
+
+
+@pytest.mark.parametrize(
+    ("error", "change"),
+    [
+        (ValueError, lambda scales: None),
+        (TypeError, lambda scales: scales.astype(np.float64)),
+        (ValueError, lambda scales: scales[:1]),
+        (ValueError, lambda scales: scales[:, :1]),
+        (ValueError, lambda scales: scales[:, :, ::2]),
+    ],
+)
+@pytest.mark.parametrize("name", ["k_scales", "v_scales"])
+def test_wrong_scales_are_named(name: str, error: type[Exception], change: Any) -> None:
+    good = arguments("int8")
+    kernels.chunked_attention(**good)
+    with pytest.raises(error, match=name):
+        kernels.chunked_attention(**{**good, name: change(good[name])})
+
+
+def test_scales_go_with_int8_alone() -> None:
+    scales = {"k_scales": arguments("int8")["k_scales"]}
+    with pytest.raises(ValueError, match="k_scales goes with pages of int8"):
+        kernels.chunked_attention(**{**arguments("float16"), **scales})
+
+
+def test_append_kv_refuses_scales_it_may_not_write() -> None:
+    pages, scales = empty_pages(2, 3, 8, 32, "int8"), empty_scales(2, 3, 32, "int8")
+    scales["v_scales"].flags.writeable = False
+    tokens = np.zeros((1, 3, 8), np.float32)
+    with pytest.raises(ValueError, match="v_scales"):
+        kernels.append_kv(tokens, tokens, *pages, np.zeros(1, np.int32), **scales)

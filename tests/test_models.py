@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import warnings
 from dataclasses import replace
@@ -142,14 +143,17 @@ def test_head_dim_that_was_never_written(tmp_path: Path) -> None:
 
 def test_dynamic_rope_beyond_the_limit_is_transformers_decode(tmp_path: Path) -> None:
     import torch
+    import transformers
 
     rope = {"rope_type": "dynamic", "factor": 2.0}
     directory = write_tiny(tmp_path, "llama", rope_scaling=rope, max_position_embeddings=9)
-    model, cache, expected = oracle_model(directory), None, []
+    model, expected = oracle_model(directory), []
+    # Transformers 5.24 calls it ``cache``, those before it ``past_key_values``.
+    takes_cache = "cache" in inspect.signature(model.forward).parameters
+    cache = {"cache" if takes_cache else "past_key_values": transformers.DynamicCache()}
     with torch.no_grad():
         for token in PROMPT:
-            step = model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
-            cache = step.past_key_values
+            step = model(torch.tensor([[token]]), use_cache=True, **cache)
             expected.append(step.logits[0, 0].numpy())
     ours = PlainForward(directory).logits(PROMPT)
     np.testing.assert_allclose(ours, np.stack(expected), rtol=0, atol=ATOL)

@@ -7,13 +7,14 @@ how far it came.
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 import time
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 
 def main() -> None:
@@ -30,16 +31,19 @@ def main() -> None:
     )
     _tell("loaded", start)
     with torch.inference_mode():
+        # Transformers 5.24 calls it ``cache``, those before it ``past_key_values``.
+        takes_cache = "cache" in inspect.signature(model.forward).parameters
+        cache = {"cache" if takes_cache else "past_key_values": DynamicCache()}
         start = time.monotonic()
-        output = model(torch.tensor(job["prompts"]), use_cache=True, logits_to_keep=1)
+        output = model(torch.tensor(job["prompts"]), use_cache=True, logits_to_keep=1, **cache)
         _tell("prefill", start)
         for _ in range(job["max_tokens"]):
             start = time.monotonic()
             output = model(
                 output.logits[:, -1:].argmax(-1),
-                past_key_values=output.past_key_values,
                 use_cache=True,
                 logits_to_keep=1,
+                **cache,
             )
             _tell("step", start)
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specmoeoff import LLM, SamplingParams, SpeculativeConfig
+from specmoeoff.config import KV_DTYPES
 from specmoeoff.speculative.drafter import DraftRequest, Proposal
 from tiny import EOS_TOKEN_ID, write_tiny
 
@@ -195,7 +196,11 @@ def test_eos_among_the_drafts(tmp_path: Path, tiny_mixtral: Path) -> None:
             same(output.outputs[0], other)
 
 
-@pytest.mark.parametrize("kv_dtype", ["bfloat16", "float32"])
+NAN = {"u": 0x7FC0, "i": 127}
+"""What poisons a page of bfloat16, and of int8 with its scales; floats take NaN itself."""
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 def test_stale_keys_and_values_are_never_read(tiny_mixtral: Path, kv_dtype: str) -> None:
     """What rejected drafts and ended sequences left in a page must not matter, NaN included."""
     prompts = [{"prompt_token_ids": list(range(i, 2 * i + 1))} for i in (1, 31, 40, 70)]
@@ -203,7 +208,8 @@ def test_stale_keys_and_values_are_never_read(tiny_mixtral: Path, kv_dtype: str)
         wanted = [output.outputs[0].token_ids for output in llm.generate(prompts, FREE)]
         kv = llm._engine._target.kv
         for layer in range(2):
-            for field in kv.layer(layer):
-                field[:64] = np.nan if kv_dtype == "float32" else 0x7FC0
+            for field in (*kv.layer(layer), *kv.scales(layer)):
+                if field is not None:
+                    field[:64] = NAN.get(field.dtype.kind, np.nan)
         got = [output.outputs[0].token_ids for output in llm.generate(prompts, FREE)]
     assert got == wanted

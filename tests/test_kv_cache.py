@@ -16,6 +16,7 @@ from hypothesis.stateful import (
     rule,
 )
 
+from specmoeoff.config import KV_DTYPES
 from specmoeoff.engine.memory_plan import resident_bytes
 from specmoeoff.offload.kv_cache import KvCache, KvSequence, page_bytes
 
@@ -115,12 +116,18 @@ class Operations(RuleBasedStateMachine):
 TestOperations = Operations.TestCase
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", KV_DTYPES)
 def test_layers_and_pages_do_not_overlap(dtype: str) -> None:
     kv = KvCache(3, 2, 6, 4, dtype, 8)
-    fields = [field for layer in range(3) for field in kv.layer(layer)]
+    fields = []
+    for layer in range(3):
+        k, v = kv.layer(layer)
+        assert k.shape == (4, 2, 6, 8)
+        assert v.shape == (4, 2, 8, 6)
+        scales = [field for field in kv.scales(layer) if field is not None]
+        assert [field.shape for field in scales] == [(4, 2, 8)] * (2 if dtype == "int8" else 0)
+        fields += [k, v, *scales]
     for number, field in enumerate(fields):
-        assert field.shape == ((4, 2, 6, 8) if number % 2 == 0 else (4, 2, 8, 6))
         for page in range(4):
             field[page] = 10 * number + page
     for number, field in enumerate(fields):

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from budgets import MIB, forget_this_process, smallest_budget
-from specmoeoff.config import EngineConfig, SpeculativeConfig
+from specmoeoff.config import KV_DTYPES, EngineConfig, KvDtype, SpeculativeConfig
 from specmoeoff.engine import memory_plan
-from specmoeoff.engine.memory_plan import make_plan, open_models, plan_memory
+from specmoeoff.engine.memory_plan import MemoryPlan, make_plan, open_models, plan_memory
 from specmoeoff.errors import DoesNotFitError
 from tiny import write_draft, write_tiny
 
@@ -73,7 +73,7 @@ OPTIONS = st.fixed_dictionaries(
         "max_num_seqs": st.sampled_from([1, 16, 300]),
         "max_num_batched_tokens": st.sampled_from([1, 64, 5000]),
         "max_model_len": st.sampled_from([1, 100, 1000, 9999]),
-        "kv_dtype": st.sampled_from(["bfloat16", "float32"]),
+        "kv_dtype": st.sampled_from(KV_DTYPES),
     },
 )
 
@@ -135,6 +135,21 @@ def test_the_smallest_budget_works_and_less_does_not(
     for part in ("runtime", "target dense weights", "activations", "2 expert slots", "KV cache"):
         assert part in message
     assert ("draft weights" in message) == (method == "draft_model")
+
+
+def test_each_cache_is_planned_in_its_own_dtype(target: Path, draft: Path) -> None:
+    def plan(kv_dtype: KvDtype, **options: Any) -> MemoryPlan:
+        speculative = speculative_of("draft_model", draft, **options)
+        config = EngineConfig(
+            str(target), memory=256 * MIB, kv_dtype=kv_dtype, speculative=speculative
+        )
+        return make_plan(config, *open_models(config))
+
+    default, same = plan("bfloat16"), plan("bfloat16", draft_kv_dtype="auto")
+    assert default.page_bytes == same.page_bytes == plan("float16").page_bytes
+    assert default.draft_page_bytes < same.draft_page_bytes
+    assert default.draft_page_bytes == plan("float32").draft_page_bytes
+    assert plan("int8").page_bytes < default.page_bytes < plan("float32").page_bytes
 
 
 def test_what_more_memory_goes_to(target: Path) -> None:

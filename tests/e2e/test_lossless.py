@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from budgets import MIB, forget_this_process, smallest_budget
 from specmoeoff import LLM, SamplingParams, SpeculativeConfig
+from specmoeoff.config import KV_DTYPES
 from tiny import EOS_TOKEN_ID, write_draft, write_tiny
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ Expected = dict[str, list[list[int]]]
 def expected(models: Models, prompts: list[list[int]]) -> Expected:
     """What each prompt gives alone, everything in memory, no speculation, one thread."""
     tokens = {}
-    for kv_dtype in ("bfloat16", "float32"):
+    for kv_dtype in KV_DTYPES:
         with LLM(str(models.target), memory="1GiB", kv_dtype=kv_dtype, num_threads=1) as llm:  # type: ignore[arg-type]
             tokens[kv_dtype] = [run(llm, [prompt])[0] for prompt in prompts]
     assert all(len(each) == 24 or each[-1] == EOS_TOKEN_ID for each in tokens["bfloat16"])
@@ -109,19 +110,19 @@ class Case:
 CASES = [
     Case("off", extra=0, batch=1, options={"expert_mode": "belt"}),
     Case("off", extra=0, batch=16, options={"expert_mode": "demand", "num_threads": 2}),
-    Case("off", extra=1, batch=3, options={"max_num_batched_tokens": 5}),
+    Case("off", extra=1, batch=3, options={"max_num_batched_tokens": 5, "kv_dtype": "int8"}),
     Case("off", batch=16, options={"max_num_batched_tokens": 4096, "num_threads": 1}),
     Case("ngram", 1, 0, 16, {"expert_mode": "auto"}),
     Case("ngram", 3, 2, 3, {"kv_dtype": "float32", "max_num_batched_tokens": 8}),
-    Case("ngram", 8, None, 1, {"expert_mode": "belt"}),
+    Case("ngram", 8, None, 1, {"expert_mode": "belt", "kv_dtype": "float16"}),
     Case("good", 1, 1, 16, {"expert_mode": "belt", "num_threads": 2}),
     Case("good", 2, 0, 3, {"expert_mode": "demand", "max_num_batched_tokens": 3}),
     Case("good", 4, None, 16, {"kv_dtype": "float32"}, {"draft_weight_dtype": "auto"}),
     Case("good", 5, 0, 16, {"max_num_batched_tokens": 40, "num_threads": 1}),
-    Case("good", 8, 2, 1, {"expert_mode": "auto"}),
-    Case("fair", 3, 1, 16, {"max_num_seqs": 3}),
+    Case("good", 8, 2, 1, {"expert_mode": "auto"}, {"draft_kv_dtype": "float16"}),
+    Case("fair", 3, 1, 16, {"max_num_seqs": 3, "kv_dtype": "int8"}),
     Case("fair", 6, 0, 3, {"kv_dtype": "float32", "expert_mode": "belt"}),
-    Case("fair", 7, None, 1, {"expert_mode": "demand"}, {"draft_weight_dtype": "auto"}),
+    Case("fair", 7, None, 1, {"expert_mode": "demand"}, {"draft_kv_dtype": "auto"}),
     Case("fair", 8, 2, 16, {}, {"adaptive": True}),
     Case("random", 4, 0, 16, {"expert_mode": "belt", "max_num_batched_tokens": 64}),
     Case("random", 8, None, 3, {"num_threads": 2}),
@@ -165,7 +166,7 @@ def test_any_way_to_run(
         "expert_mode": data.draw(st.sampled_from(["auto", "belt", "demand"])),
         "max_num_batched_tokens": data.draw(st.sampled_from([None, 1, 2, 7, 33, 200])),
         "max_num_seqs": data.draw(st.sampled_from([1, 2, 5, 64])),
-        "kv_dtype": data.draw(st.sampled_from(["bfloat16", "float32"])),
+        "kv_dtype": data.draw(st.sampled_from(KV_DTYPES)),
         "num_threads": data.draw(st.sampled_from([1, 2])),
     }
     speculative = models.speculative(

@@ -287,6 +287,7 @@ REFUSALS: dict[str, tuple[dict[str, object], type[Exception], str]] = {
     "kv": ({"kv_dtype": "int4"}, InvalidInputError, "kv_dtype is 'int4'"),
     "mode": ({"expert_mode": "none"}, InvalidInputError, "expert_mode is 'none'"),
     "threads": ({"num_threads": 0}, InvalidInputError, "num_threads is 0"),
+    "seed": ({"seed": -1}, InvalidInputError, "seed is -1"),
     "target": ({"cpu_target": "z80"}, InvalidInputError, "z80"),
 }
 

@@ -157,6 +157,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidInputError(f"{name} is {value}; it must be at least 1")
+        if self.seed < 0:
+            raise InvalidInputError(f"seed is {self.seed}; it must be 0 or more")
         for name, allowed in (
             ("device", ("auto", "cpu")),
             ("kv_dtype", KV_DTYPES),

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "array.h"
+#include "top.h"
 #include "weight.h"
 
 namespace specmoeoff {
@@ -60,6 +61,49 @@ class WeightArgument {
   Array values_;
   Array scales_;
   Weight weight_;
+};
+
+// The operands of x @ weight^T + bias; keeps the arrays alive. W is a weight's argument class.
+template <class W>
+struct ProductArguments {
+  // Throws TypeError or ValueError naming the argument.
+  ProductArguments(nanobind::handle x_object, nanobind::handle weight_object,
+                   nanobind::handle bias_object)
+      : x(x_object, "x", {Dtype::kFloat32}, 2), weight(weight_object, "weight") {
+    RequireShape(x, "x", {x.dim(0), weight->k});
+    if (bias_object.is_none()) return;
+    bias_array = Array(bias_object, "bias", {Dtype::kFloat32}, 1);
+    RequireShape(bias_array, "bias", {weight->n});
+  }
+
+  int64_t rows() const { return x.dim(0); }
+  const float* bias() const { return bias_array ? bias_array.template data<float>() : nullptr; }
+
+  Array x;
+  W weight;
+  Array bias_array;
+};
+
+// Where the largest outputs of each row go: values float32 and ids int32, [rows, top].
+struct TopArguments {
+  TopArguments(nanobind::handle values_object, nanobind::handle ids_object, int64_t rows,
+               int64_t columns)
+      : values(values_object, "values", {Dtype::kFloat32}, 2, /*writable=*/true),
+        ids(ids_object, "ids", {Dtype::kInt32}, 2, /*writable=*/true) {
+    RequireShape(values, "values", {rows, values.dim(1)});
+    RequireShape(ids, "ids", {rows, values.dim(1)});
+    const int64_t most = columns < kMostTop ? columns : kMostTop;
+    if (top() >= 1 && top() <= most) return;
+    throw nanobind::value_error(("top is " + std::to_string(top()) + "; it must be 1 to " +
+                                 std::to_string(most) + " for " + std::to_string(columns) +
+                                 " outputs")
+                                    .c_str());
+  }
+
+  int64_t top() const { return values.dim(1); }
+
+  Array values;
+  Array ids;
 };
 
 // Throws ValueError unless every id is in [0, limit).

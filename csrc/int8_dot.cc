@@ -10,6 +10,7 @@
 #include "elementwise.h"
 #include "linear.h"
 #include "thread_pool.h"
+#include "top.h"
 
 namespace specmoeoff {
 namespace {
@@ -94,8 +95,12 @@ Int8Product PieceOf(const Int8Rows& x, const Int8DotWeight& weight, int64_t piec
 
 }  // namespace
 
-void Int8DotLinear(const float* x, int64_t rows, const Int8DotWeight& weight, const float* bias,
-                   float* out) {
+namespace {
+
+// Rounds the rows, as many at once as fit, and calls f(kernels, product, first row) for pieces
+// of columns; f says where the results go.
+template <class F>
+void ForPieces(const float* x, int64_t rows, const Int8DotWeight& weight, const float* bias, F f) {
   if (rows == 0 || weight.n == 0) return;
   const Int8DotKernels& kernels = Current();
   const int64_t k = weight.k, n = weight.n;
@@ -111,11 +116,33 @@ void Int8DotLinear(const float* x, int64_t rows, const Int8DotWeight& weight, co
     ParallelFor(CeilDivide(n, columns), [&](int64_t piece) {
       Int8Product p = PieceOf(packed, weight, piece, columns);
       p.bias = bias;
-      p.y = out + first * n + p.begin;
-      p.y_stride = n;
-      kernels.product(p);
+      f(kernels, p, first);
     });
   }
+}
+
+}  // namespace
+
+void Int8DotLinear(const float* x, int64_t rows, const Int8DotWeight& weight, const float* bias,
+                   float* out) {
+  ForPieces(x, rows, weight, bias,
+            [&](const Int8DotKernels& kernels, Int8Product& p, int64_t first) {
+              p.y = out + first * weight.n + p.begin;
+              p.y_stride = weight.n;
+              kernels.product(p);
+            });
+}
+
+void Int8DotLinearTop(const float* x, int64_t rows, const Int8DotWeight& weight, const float* bias,
+                      int64_t top, float* values, int32_t* ids) {
+  TopRows best(rows, top, values, ids);
+  ForPieces(x, rows, weight, bias,
+            [&](const Int8DotKernels& kernels, Int8Product& p, int64_t first) {
+              p.y_stride = p.end - p.begin;
+              p.y = static_cast<float*>(ThreadScratch(p.x.rows * p.y_stride * sizeof(float)));
+              kernels.product(p);
+              best.Take(p.y, p.y_stride, first, p.x.rows, p.begin, p.end);
+            });
 }
 
 namespace {

@@ -92,6 +92,10 @@ extern const Int8DotKernels kInt8DotAvx512Vnni;
 void Int8DotLinear(const float* x, int64_t rows, const Int8DotWeight& weight, const float* bias,
                    float* out);
 
+// The `top` largest of each row of Int8DotLinear()'s out, as LinearTop() gives them.
+void Int8DotLinearTop(const float* x, int64_t rows, const Int8DotWeight& weight, const float* bias,
+                      int64_t top, float* values, int32_t* ids);
+
 struct Int8DotExpert {
   Int8DotWeight gate;  // [I, K]
   Int8DotWeight up;    // [I, K]

@@ -52,21 +52,21 @@ class Int8DotArgument {
   Int8DotWeight weight_;
 };
 
-void LinearCall(nb::handle x_object, nb::handle weight_object, nb::handle bias_object,
-                nb::handle out_object) {
-  const Array x(x_object, "x", {Dtype::kFloat32}, 2);
-  const Int8DotArgument weight(weight_object, "weight");
+void LinearCall(nb::handle x, nb::handle weight, nb::handle bias, nb::handle out_object) {
+  const ProductArguments<Int8DotArgument> in(x, weight, bias);
   const Array out(out_object, "out", {Dtype::kFloat32}, 2, /*writable=*/true);
-  Array bias;
-  if (!bias_object.is_none()) {
-    bias = Array(bias_object, "bias", {Dtype::kFloat32}, 1);
-    RequireShape(bias, "bias", {weight->n});
-  }
-  RequireShape(x, "x", {x.dim(0), weight->k});
-  RequireShape(out, "out", {x.dim(0), weight->n});
+  RequireShape(out, "out", {in.rows(), in.weight->n});
   nb::gil_scoped_release release;
-  Int8DotLinear(x.data<float>(), x.dim(0), *weight, bias ? bias.data<float>() : nullptr,
-                out.data<float>());
+  Int8DotLinear(in.x.data<float>(), in.rows(), *in.weight, in.bias(), out.data<float>());
+}
+
+void LinearTopCall(nb::handle x, nb::handle weight, nb::handle bias, nb::handle values,
+                   nb::handle ids) {
+  const ProductArguments<Int8DotArgument> in(x, weight, bias);
+  const TopArguments best(values, ids, in.rows(), in.weight->n);
+  nb::gil_scoped_release release;
+  Int8DotLinearTop(in.x.data<float>(), in.rows(), *in.weight, in.bias(), best.top(),
+                   best.values.data<float>(), best.ids.data<int32_t>());
 }
 
 void EmbeddingCall(nb::handle ids_object, nb::handle weight_object, nb::handle out_object) {
@@ -107,6 +107,8 @@ void BindInt8Dot(nb::module_& m) {
   using namespace specmoeoff;
   m.def("int8_dot_linear", &LinearCall, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(),
         nb::arg("out"));
+  m.def("int8_dot_linear_top", &LinearTopCall, nb::arg("x"), nb::arg("weight"),
+        nb::arg("bias").none(), nb::arg("values"), nb::arg("ids"));
   m.def("int8_dot_expert_ffn", &ExpertFfnCall<Int8DotArgument, Int8DotExpert, &Int8DotExpertFfn>,
         nb::arg("x"), nb::arg("gate"), nb::arg("up"), nb::arg("down"), nb::arg("out"),
         nb::arg("rows").none() = nb::none(), nb::arg("row_weights").none() = nb::none());

@@ -5,6 +5,7 @@
 
 #include "dispatch.h"
 #include "thread_pool.h"
+#include "top.h"
 
 namespace specmoeoff {
 namespace {
@@ -38,8 +39,13 @@ int64_t ChunkRows(int64_t rows, int64_t floats_per_row, int64_t budget, int tile
   return RoundUp((rows + chunks - 1) / std::max<int64_t>(chunks, 1), tile_rows);
 }
 
-void Linear(const float* x, int64_t rows, const Weight& weight, const float* bias, float* out,
-            Activations activations) {
+namespace {
+
+// Packs the rows, as many at once as fit, and calls f(kernels, product, first row) for pieces of
+// columns; f says where the results go.
+template <class F>
+void ForPieces(const float* x, int64_t rows, const Weight& weight, const float* bias,
+               Activations activations, F f) {
   if (rows == 0 || weight.n == 0) return;
   const LinearKernels& kernels = CurrentLinear(activations, weight.kind == WeightKind::kBfloat16);
   const int64_t k = weight.k, n = weight.n, depth = RoundUp(k, 16);
@@ -66,14 +72,36 @@ void Linear(const float* x, int64_t rows, const Weight& weight, const float* bia
       p.begin = piece * columns;
       p.end = std::min(n, p.begin + columns);
       p.bias = bias;
-      p.y = out + first * n + p.begin;
-      p.y_stride = n;
       // Pieces are taken in order, so this thread's next one most likely is `threads` further.
       const int64_t next = p.begin + threads * columns;
       p.next = next + columns <= n ? weight.row(next) : nullptr;
-      kernels.product(p);
+      f(kernels, p, first);
     });
   }
+}
+
+}  // namespace
+
+void Linear(const float* x, int64_t rows, const Weight& weight, const float* bias, float* out,
+            Activations activations) {
+  ForPieces(x, rows, weight, bias, activations,
+            [&](const LinearKernels& kernels, Product& p, int64_t first) {
+              p.y = out + first * weight.n + p.begin;
+              p.y_stride = weight.n;
+              kernels.product(p);
+            });
+}
+
+void LinearTop(const float* x, int64_t rows, const Weight& weight, const float* bias, int64_t top,
+               float* values, int32_t* ids, Activations activations) {
+  TopRows best(rows, top, values, ids);
+  ForPieces(x, rows, weight, bias, activations,
+            [&](const LinearKernels& kernels, Product& p, int64_t first) {
+              p.y_stride = p.end - p.begin;
+              p.y = static_cast<float*>(ThreadScratch(p.rows * p.y_stride * sizeof(float)));
+              kernels.product(p);
+              best.Take(p.y, p.y_stride, first, p.rows, p.begin, p.end);
+            });
 }
 
 }  // namespace specmoeoff

@@ -85,6 +85,11 @@ int64_t ChunkRows(int64_t rows, int64_t floats_per_row, int64_t budget, int tile
 void Linear(const float* x, int64_t rows, const Weight& weight, const float* bias, float* out,
             Activations activations);
 
+// The `top` largest of each row of Linear()'s out, without ever having out: values and ids are
+// [rows, top], see top.h for their order. top is 1 to min(kMostTop, weight.n).
+void LinearTop(const float* x, int64_t rows, const Weight& weight, const float* bias, int64_t top,
+               float* values, int32_t* ids, Activations activations);
+
 struct Expert {
   Weight gate;  // [I, K]
   Weight up;    // [I, K]

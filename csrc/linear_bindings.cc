@@ -14,21 +14,23 @@ Activations ActivationsOf(bool bfloat16) {
   return bfloat16 ? Activations::kBfloat16 : Activations::kFloat32;
 }
 
-void LinearCall(nb::handle x_object, nb::handle weight_object, nb::handle bias_object,
-                nb::handle out_object, bool bfloat16) {
-  const Array x(x_object, "x", {Dtype::kFloat32}, 2);
-  const WeightArgument weight(weight_object, "weight");
+void LinearCall(nb::handle x, nb::handle weight, nb::handle bias, nb::handle out_object,
+                bool bfloat16) {
+  const ProductArguments<WeightArgument> in(x, weight, bias);
   const Array out(out_object, "out", {Dtype::kFloat32}, 2, /*writable=*/true);
-  Array bias;
-  if (!bias_object.is_none()) {
-    bias = Array(bias_object, "bias", {Dtype::kFloat32}, 1);
-    RequireShape(bias, "bias", {weight->n});
-  }
-  RequireShape(x, "x", {x.dim(0), weight->k});
-  RequireShape(out, "out", {x.dim(0), weight->n});
+  RequireShape(out, "out", {in.rows(), in.weight->n});
   nb::gil_scoped_release release;
-  Linear(x.data<float>(), x.dim(0), *weight, bias ? bias.data<float>() : nullptr, out.data<float>(),
+  Linear(in.x.data<float>(), in.rows(), *in.weight, in.bias(), out.data<float>(),
          ActivationsOf(bfloat16));
+}
+
+void LinearTopCall(nb::handle x, nb::handle weight, nb::handle bias, nb::handle values,
+                   nb::handle ids, bool bfloat16) {
+  const ProductArguments<WeightArgument> in(x, weight, bias);
+  const TopArguments best(values, ids, in.rows(), in.weight->n);
+  nb::gil_scoped_release release;
+  LinearTop(in.x.data<float>(), in.rows(), *in.weight, in.bias(), best.top(),
+            best.values.data<float>(), best.ids.data<int32_t>(), ActivationsOf(bfloat16));
 }
 
 void RunExperts(const float* x, const Expert* experts, int64_t num_experts, const int32_t* offsets,
@@ -43,6 +45,8 @@ void BindLinear(nb::module_& m) {
   using namespace specmoeoff;
   m.def("linear", &LinearCall, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(),
         nb::arg("out"), nb::arg("bfloat16") = false);
+  m.def("linear_top", &LinearTopCall, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(),
+        nb::arg("values"), nb::arg("ids"), nb::arg("bfloat16") = false);
   m.def("expert_ffn", &ExpertFfnCall<WeightArgument, Expert, &RunExperts, bool>, nb::arg("x"),
         nb::arg("gate"), nb::arg("up"), nb::arg("down"), nb::arg("out"),
         nb::arg("rows").none() = nb::none(), nb::arg("row_weights").none() = nb::none(),

@@ -49,7 +49,10 @@ def segment(file: Path, block: int, num_blocks: int) -> Segment:
 
 
 def buffers(segments: list[Segment]) -> list[memoryview]:
-    return [Arena(each.num_bytes).bytes[: each.num_bytes].data for each in segments]
+    arenas = [Arena(each.num_bytes) for each in segments]
+    for arena in arenas:
+        arena.hold(arena.num_bytes)
+    return [arena.bytes[: s.num_bytes].data for arena, s in zip(arenas, segments, strict=True)]
 
 
 def read_all(reader: Reader, file: Path, name: str = "everything") -> bytes:

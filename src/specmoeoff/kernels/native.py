@@ -44,6 +44,35 @@ def linear(
     return out
 
 
+def linear_top(
+    x: F32,
+    weight: Weight,
+    top: int,
+    bias: F32 | None = None,
+    *,
+    activations: Activations = "float32",
+) -> tuple[F32, I32]:
+    """Return the ``top`` largest outputs of ``linear`` per row, without ever having the others.
+
+    Returns:
+        values float32 and columns int32, [T, top], largest first, the lower column among equals.
+        NaN counts as larger than everything.
+
+    Raises:
+        ValueError: top is below 1, or above 64 or N.
+    """
+    if top < 1:
+        raise ValueError(f"top is {top}; it must be at least 1")
+    bfloat16 = _is_bfloat16(activations)
+    values = np.empty((x.shape[0], top), np.float32)
+    ids = np.empty(values.shape, np.int32)
+    if isinstance(weight, Int8DotWeight):
+        _native.int8_dot_linear_top(x, weight, bias, values, ids)
+    else:
+        _native.linear_top(x, weight, bias, values, ids, bfloat16)
+    return values, ids
+
+
 def embedding(token_ids: I32, weight: Weight) -> F32:
     """Return rows of an embedding table: token_ids [T], weight [V, K] -> [T, K]."""
     out = np.empty((token_ids.shape[0], _shape(weight, "weight")[1]), np.float32)

@@ -122,6 +122,27 @@ def linear(
     return out
 
 
+def linear_top(
+    x: F32,
+    weight: Weight,
+    top: int,
+    bias: F32 | None = None,
+    *,
+    activations: Activations = "float32",
+) -> tuple[F32, I32]:
+    """Return the ``top`` largest outputs of ``linear`` per row and their columns, [T, top].
+
+    Largest first, the lower column among equals; NaN counts as larger than everything.
+    """
+    y = linear(x, weight, bias, activations=activations)
+    # -(-0.0) sorts like 0.0, and sorting puts NaN last: as the largest it belongs to the front.
+    key = np.where(np.isnan(y), -np.inf, -y)
+    # An infinite output and NaN would tie: NaN comes before it.
+    order = np.lexsort((np.broadcast_to(np.arange(y.shape[1]), y.shape), key, ~np.isnan(y)), axis=1)
+    ids = order[:, :top].astype(np.int32)
+    return np.take_along_axis(y, ids, axis=1), ids
+
+
 def embedding(token_ids: I32, weight: Weight) -> F32:
     """Return rows of an embedding table: token_ids [T], weight [V, K] -> [T, K]."""
     return widen(weight)[token_ids]

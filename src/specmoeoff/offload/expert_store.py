@@ -83,10 +83,10 @@ class ExpertStore:
         self.stats = StoreStats()
         self._reader = reader
         self._arena = Arena(self.max_slots * self.slot_bytes)
+        self._arena.hold(self.num_slots * self.slot_bytes)
         self._threshold = THRESHOLDS[mode]
         self._lookahead = lookahead
         self._free = list(range(self.max_slots))[::-1]
-        self._retired: list[int] = []
         self._slot_of = np.full(self._total, -1, np.int64)
         self._reads: dict[int, Read] = {}
         self._held: list[int] = []
@@ -144,15 +144,24 @@ class ExpertStore:
         self._read_ahead()
 
     def resize(self, num_slots: int) -> None:
-        """Hold at most ``num_slots`` from now on; the memory of dropped slots is given back."""
+        """Hold at most ``num_slots`` from now on; the memory of dropped slots is given back.
+
+        Call between passes. Slots are dropped from the top of the arena, so the expert in the last
+        one may have to move.
+        """
         while self.num_slots > num_slots:
-            slot = self._free.pop() if self._free else self._thin_out()
-            self._arena.discard(slot * self.slot_bytes, self.slot_bytes)
-            self._retired.append(slot)
-            self.num_slots -= 1
+            last = self.num_slots - 1
+            if last in self._free:
+                self._free.remove(last)
+            else:
+                slot = self._free.pop() if self._free else self._thin_out()
+                if slot != last:
+                    self._move(last, slot)
+            self.num_slots = last
         while self.num_slots < min(num_slots, self.max_slots):
-            self._free.append(self._retired.pop())
+            self._free.append(self.num_slots)
             self.num_slots += 1
+        self._arena.hold(self.num_slots * self.slot_bytes)
 
     @property
     def resident_experts(self) -> int:
@@ -318,6 +327,18 @@ class ExpertStore:
             return slot
         gaps = np.diff(candidates, prepend=candidates[-1] - self._total)
         return self._release_slot(int(candidates[int(np.argmin(gaps))]))
+
+    def _move(self, slot: int, other: int) -> None:
+        """Move what a slot holds to another one."""
+        index = int(np.flatnonzero(self._slot_of == slot)[0])
+        read = self._reads.get(index)
+        if read is not None:
+            # One that failed is noticed, and asked for again, when it is wanted.
+            with contextlib.suppress(StreamError):
+                read.wait()
+        memory = self._arena.bytes[: self.max_slots * self.slot_bytes].reshape(self.max_slots, -1)
+        memory[other] = memory[slot]
+        self._slot_of[index] = other
 
     def _release_slot(self, index: int) -> int:
         """Take an expert's slot away; whatever was read ahead for it is forgotten."""

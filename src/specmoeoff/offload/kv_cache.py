@@ -118,7 +118,7 @@ class KvCache:
                         heapq.heappush(self._free, page)
             if not granted:
                 return False
-            self.high_water = top
+            self._set_high_water(top)
         sequence.pages.extend(pages)
         self.num_used += missing
         return True
@@ -142,7 +142,7 @@ class KvCache:
         sequence.length = min(sequence.length, length)
 
     def free(self, sequence: KvSequence) -> None:
-        """Give a sequence's pages back; memory above the new high-water mark is discarded."""
+        """Give a sequence's pages back; memory above the new high-water mark is returned."""
         for page in sequence.pages:
             heapq.heappush(self._free, page)
         self.num_used -= len(sequence.pages)
@@ -164,8 +164,11 @@ class KvCache:
         while top and top - 1 in free:
             top -= 1
         if top < self.high_water:
-            self._arena.discard(top * self.page_bytes, (self.high_water - top) * self.page_bytes)
-            self.high_water = top
+            self._set_high_water(top)
+
+    def _set_high_water(self, num_pages: int) -> None:
+        self._arena.hold(num_pages * self.page_bytes)
+        self.high_water = num_pages
 
 
 def page_bytes(

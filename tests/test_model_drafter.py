@@ -54,6 +54,10 @@ class CountingModel:
         assert 0 < len(hidden) <= 64
         return -np.abs(np.arange(VOCABULARY, dtype=np.float32)[None, :] - hidden)
 
+    def best(self, hidden: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        token_ids = hidden[:, 0].astype(np.int32)
+        return np.zeros(len(hidden), np.float32), token_ids
+
 
 def next_token(token_ids: Sequence[int]) -> int:
     value = 0
@@ -148,11 +152,12 @@ def test_passes_are_bounded() -> None:
     assert model.num_rows == 250
 
 
-def test_many_sequences_share_logits_of_64_rows() -> None:
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(temperature=0.0, logprobs=1)])
+def test_many_sequences_never_have_all_logits_at_once(params: SamplingParams) -> None:
     model = CountingModel(max_pages=1000)
     drafter = ModelDrafter(model, 1000)
     sequences = [[key % VOCABULARY, key // VOCABULARY] for key in range(150)]
-    got = drafted(drafter, *(request_of(i, ids, 2) for i, ids in enumerate(sequences)))
+    got = drafted(drafter, *(request_of(i, ids, 2, params) for i, ids in enumerate(sequences)))
     assert got == [continuation(ids, 2) for ids in sequences]
 
 

@@ -257,6 +257,26 @@ class SequenceSampler:
         """Whether choices are certain, so that no distribution is ever needed."""
         return self.params.greedy
 
+    @property
+    def takes_best(self) -> bool:
+        """Whether the largest logit is taken as it is and no other one is looked at.
+
+        Once true it remains so.
+        """
+        params = self.params
+        is_long_enough = self.context.num_output_tokens >= params.min_tokens
+        return (
+            params.greedy
+            and not params.has_penalties
+            and params.logprobs is None
+            and is_long_enough
+        )
+
+    def take_best(self, logit: float, token_id: int) -> int:
+        """Choose the token of the largest logit of a row; for who ``takes_best``."""
+        _require_finite(logit, self.context)
+        return token_id
+
     def choose(self, logits: F32) -> int:
         """Choose the next token from a row of logits, [V]: the likeliest, or one draw."""
         if self.greedy:

@@ -119,6 +119,10 @@ class DraftForward:
         """Return the logits of hidden states, [R, V]."""
         return self._forward.logits(hidden)
 
+    def best(self, hidden: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        """Return the largest logit and its token of each hidden state, [R] each."""
+        return self._forward.best(hidden)
+
 
 def _draft_forward(
     speculative: SpeculativeConfig,

@@ -16,7 +16,7 @@ from specmoeoff.engine.memory_plan import peak_resident_bytes
 from specmoeoff.engine.scheduler import Scheduled, Scheduler
 from specmoeoff.engine.sequence import Request, Sequence
 from specmoeoff.engine.stats import EngineStats, StepFigures
-from specmoeoff.engine.verification import num_outputs, verify_batch
+from specmoeoff.engine.verification import needs_logits, num_outputs, verify_batch
 from specmoeoff.errors import InvalidInputError
 from specmoeoff.sampling import SequenceSampler
 from specmoeoff.speculative.drafter import DraftRequest, Proposal
@@ -176,7 +176,8 @@ class Engine:
         """Let the expert slots have what this step does not need of its share."""
         num_tokens = sum(work.num_tokens + work.num_drafts for work in batch)
         samples = any(work.num_drafts and not work.sequence.sampler.greedy for work in batch)
-        self._parts.elastic.lend(self._parts.plan.spare_step_bytes(num_tokens, samples))
+        spare = self._parts.plan.spare_step_bytes(num_tokens, samples, needs_logits(batch))
+        self._parts.elastic.lend(spare)
 
     def _propose(self, batch: list[Scheduled]) -> list[Proposal]:
         """Draft for the decoding sequences; the drafter reads the prompts that the target reads."""

@@ -108,6 +108,13 @@ class Forward:
         """Return the logits of hidden states: [R, hidden] -> [R, V]."""
         return self.model.head(self._weights.globals, hidden)
 
+    def best(self, hidden: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        """Return the largest logit and its token of each hidden state, [R] each.
+
+        The rest of the vocabulary's logits are never in memory.
+        """
+        return self.model.head_best(self._weights.globals, hidden)
+
     def _layer(
         self,
         layer: int,

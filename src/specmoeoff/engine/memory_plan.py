@@ -62,15 +62,17 @@ class MemoryPlan:
     """The models whose passes a step consists of, the target first."""
     largest_step_bytes: int
 
-    def spare_step_bytes(self, num_tokens: int, samples: bool) -> int:
+    def spare_step_bytes(self, num_tokens: int, samples: bool, needs_logits: bool) -> int:
         """Return what a step of ``num_tokens`` leaves of the memory put aside for the largest one.
 
         Args:
             num_tokens: Rows of the target's pass.
             samples: Whether any sequence draws its tokens, so that drafts keep distributions.
+            needs_logits: Whether any sequence looks at more than the best token.
         """
-        needs = [activation_bytes(self.passes[0], num_tokens)]
-        needs += [activation_bytes(draft, DRAFT_ROWS) for draft in self.passes[1:]]
+        logit_rows = LOGIT_ROWS if needs_logits else 0
+        needs = [activation_bytes(self.passes[0], num_tokens, logit_rows)]
+        needs += [activation_bytes(draft, DRAFT_ROWS, logit_rows) for draft in self.passes[1:]]
         return max(0, self.largest_step_bytes - max(needs) - samples * self.distribution_bytes)
 
 
@@ -141,15 +143,15 @@ def make_plan(config: EngineConfig, target: ModelFiles, draft: ModelFiles | None
     )
 
 
-def activation_bytes(model: ModelConfig, num_tokens: int) -> int:
-    """Return the bytes a step of ``num_tokens`` holds at its peak, logits included.
+def activation_bytes(model: ModelConfig, num_tokens: int, logit_rows: int = LOGIT_ROWS) -> int:
+    """Return the bytes a step of ``num_tokens`` holds at its peak, logits of so many rows included.
 
     Float32 per token: the residual stream, its norm and the embedding (3 hidden), queries, keys,
     values and the attention output, and the intermediate activations of experts with their rows.
     """
     heads = 3 * model.num_heads + 4 * model.num_kv_heads
     per_token = 4 * model.hidden_size + heads * model.head_dim + 2 * model.intermediate_size
-    logits = 2 * min(LOGIT_ROWS, num_tokens) * model.vocab_size
+    logits = 2 * min(logit_rows, num_tokens) * model.vocab_size
     return 4 * (num_tokens * per_token + logits)
 
 

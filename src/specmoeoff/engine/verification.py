@@ -12,7 +12,7 @@ import numpy as np
 
 from specmoeoff.engine.memory_plan import LOGIT_ROWS
 from specmoeoff.sampling import logprobs
-from specmoeoff.speculative.verify import Verification, verify_sequence
+from specmoeoff.speculative.verify import Verification, verify_best, verify_sequence
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -57,16 +57,33 @@ def verify_batch(
         if _wants_prompt_logprobs(work):
             _note_prompt_logprobs(target, work, rows)
         parts.append(rows[len(rows) - _num_verified(work, proposal) :])
-    results: list[Verification | None] = []
-    for start, stop in _groups([len(rows) for rows in parts]):
-        group = np.concatenate(parts[start:stop])
-        logits = target.logits(group) if len(group) else group
-        at = 0
-        for i in range(start, stop):
-            rows = logits[at : at + len(parts[i])]
-            at += len(rows)
-            results.append(_verify(batch[i], proposals[i], rows) if len(rows) else None)
+    results: list[Verification | None] = [None] * len(batch)
+    judged = [i for i, rows in enumerate(parts) if len(rows)]
+    best = [i for i in judged if takes_best(batch[i])]
+    if best:
+        logits, token_ids = target.best(np.concatenate([parts[i] for i in best]))
+        ends = np.cumsum([len(parts[i]) for i in best])
+        for i, stop in zip(best, ends.tolist(), strict=True):
+            own = slice(stop - len(parts[i]), stop)
+            sampler = batch[i].sequence.sampler
+            results[i] = verify_best(logits[own], token_ids[own], proposals[i].token_ids, sampler)
+    others = [i for i in judged if i not in best]
+    for start, stop in _groups([len(parts[i]) for i in others]):
+        logits = target.logits(np.concatenate([parts[i] for i in others[start:stop]]))
+        for i in others[start:stop]:
+            results[i] = _verify(batch[i], proposals[i], logits[: len(parts[i])])
+            logits = logits[len(parts[i]) :]
     return results
+
+
+def needs_logits(batch: Sequence[Scheduled]) -> bool:
+    """Whether a step looks at more than the best token anywhere."""
+    return any(_wants_prompt_logprobs(work) or not takes_best(work) for work in batch)
+
+
+def takes_best(work: Scheduled) -> bool:
+    """Whether the best token of each row is all that a sequence needs."""
+    return work.sequence.sampler.takes_best
 
 
 def _verify(work: Scheduled, proposal: Proposal, logits: Hidden) -> Verification:

@@ -76,3 +76,6 @@ class Model(Protocol):
 
     def head(self, weights: Weights, x: F32) -> F32:
         """Return logits [R, V] of the rows x [R, hidden], final norm included."""
+
+    def head_best(self, weights: Weights, x: F32) -> tuple[F32, I32]:
+        """Return each row's largest logit [R] and its token int32 [R], the lowest among equals."""

@@ -110,8 +110,21 @@ class Llama:
 
     def head(self, weights: Weights, x: F32) -> F32:
         """Return logits [R, V] of the rows x [R, hidden], final norm included."""
-        table = weights["embed" if self.config.tie_word_embeddings else "head"]
-        return self._linear(kernels.rms_norm(x, weights["norm"], self.config.rms_norm_eps), table)
+        return self._linear(self._final_norm(weights, x), self._head_table(weights))
+
+    def head_best(self, weights: Weights, x: F32) -> tuple[F32, I32]:
+        """Return each row's largest logit [R] and its token int32 [R], the lowest among equals."""
+        values, token_ids = kernels.linear_top(
+            self._final_norm(weights, x), self._head_table(weights), 1, activations=self.activations
+        )
+        return values[:, 0], token_ids[:, 0]
+
+    def _final_norm(self, weights: Weights, x: F32) -> F32:
+        return kernels.rms_norm(x, weights["norm"], self.config.rms_norm_eps)
+
+    def _head_table(self, weights: Weights) -> Weight:
+        table: Weight = weights["embed" if self.config.tie_word_embeddings else "head"]
+        return table
 
     def _linear(self, x: F32, weight: Weight, bias: F32 | None = None) -> F32:
         return kernels.linear(x, weight, bias, activations=self.activations)

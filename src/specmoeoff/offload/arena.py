@@ -41,7 +41,7 @@ class Arena:
         self._allow_huge(0, self.num_bytes, False)
 
     def hold(self, num_bytes: int) -> None:
-        """Hold the first ``num_bytes`` in whole pages; what lies above is returned, and reads as zeros.
+        """Hold the first ``num_bytes`` in whole pages; what lies above is given back, and is zero.
 
         With huge pages, direct reads from disk cost the processor a fraction (it pins each page and
         describes it to the device), but the first byte touched makes a whole one resident. So they

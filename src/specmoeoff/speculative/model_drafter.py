@@ -15,11 +15,12 @@ from specmoeoff.offload.kv_cache import KvCache, KvSequence
 from specmoeoff.speculative.drafter import DraftRequest, Proposal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     import numpy as np
     from numpy.typing import NDArray
 
+    from specmoeoff.sampling import Distribution, SequenceSampler
 
 MAX_LOGIT_ROWS = 32
 USUAL_UNREAD = 2
@@ -37,7 +38,10 @@ class DraftForward(Protocol):
         """Run (kv, token_ids, num_outputs) of each sequence; return hidden states."""
 
     def logits(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return logits of hidden states."""
+        """Return logits of hidden states, [R, V]."""
+
+    def best(self, hidden: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        """Return the largest logit and its token of each hidden state, [R] each."""
 
 
 @dataclass
@@ -105,13 +109,14 @@ class ModelDrafter:
                 ]
             )
             going = []
-            for i, row, scores in zip(live, rows, self._scores(hidden), strict=True):
+            for i, row in zip(live, rows, strict=True):
                 self._states[requests[i].key].seen.extend(row)
-                chooser = choosers[i]
-                if not chooser.greedy and held_bytes + scores.nbytes > self._max_distribution_bytes:
+            room = self._max_distribution_bytes - held_bytes
+            drawn = self._draw(hidden, [choosers[i] for i in live], room)
+            for i, (token, distribution) in zip(live, drawn, strict=True):
+                if token is None:
                     continue
-                token, distribution = chooser.draw(scores)
-                chooser.observe(token)
+                choosers[i].observe(token)
                 proposals[i].token_ids.append(token)
                 proposals[i].distributions.append(distribution)
                 held_bytes += distribution.nbytes if distribution is not None else 0
@@ -127,10 +132,26 @@ class ModelDrafter:
         if state is not None:
             self._forward.kv.free(state.kv)
 
-    def _scores(self, hidden: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
-        """Yield the logits of each hidden state, [V], computed for a bounded number at a time."""
-        for at in range(0, len(hidden), MAX_LOGIT_ROWS):
-            yield from self._forward.logits(hidden[at : at + MAX_LOGIT_ROWS])
+    def _draw(
+        self, hidden: NDArray[np.float32], choosers: Sequence[SequenceSampler], room: int
+    ) -> list[tuple[int | None, Distribution | None]]:
+        """Choose a token for each hidden state; None once distributions would exceed the room."""
+        drawn: list[tuple[int | None, Distribution | None]] = [(None, None)] * len(choosers)
+        best = [i for i, chooser in enumerate(choosers) if chooser.takes_best]
+        if best:
+            logits, token_ids = self._forward.best(hidden[best])
+            for i, logit, token in zip(best, logits.tolist(), token_ids.tolist(), strict=True):
+                drawn[i] = choosers[i].take_best(logit, token), None
+        others = [i for i, chooser in enumerate(choosers) if not chooser.takes_best]
+        for at in range(0, len(others), MAX_LOGIT_ROWS):
+            some = others[at : at + MAX_LOGIT_ROWS]
+            for i, scores in zip(some, self._forward.logits(hidden[some]), strict=True):
+                if not choosers[i].greedy and scores.nbytes > room:
+                    continue
+                drawn[i] = choosers[i].draw(scores)
+                distribution = drawn[i][1]
+                room -= distribution.nbytes if distribution is not None else 0
+        return drawn
 
     def _state(self, request: DraftRequest, upto: int) -> _State | None:
         """Return the sequence's state with room for ``upto`` tokens, rejected drafts truncated."""

@@ -24,6 +24,7 @@ from specmoeoff.errors import InvalidInputError
 from specmoeoff.sampling import (
     F32,
     F64,
+    I32,
     Distribution,
     SequenceSampler,
     draw_index,
@@ -91,6 +92,31 @@ def verify_sequence(
             break
         num_accepted += 1
     return Verification(token_ids, num_accepted, None if wanted is None else records)
+
+
+def verify_best(
+    logits: F32, token_ids: I32, draft_ids: Sequence[int], sampler: SequenceSampler
+) -> Verification:
+    """Do what verify_sequence does for a sampler that ``takes_best``, given the best tokens alone.
+
+    Args:
+        logits: The largest logit after the last token and after each draft, [K + 1].
+        token_ids: The token that has it, [K + 1].
+        draft_ids: Proposed tokens, [K].
+        sampler: The sequence's sampler; it has observed the returned tokens afterwards.
+
+    Raises:
+        CheckpointError: The logits are NaN or infinite.
+    """
+    chosen: list[int] = []
+    for position, (logit, token_id) in enumerate(
+        zip(logits.tolist(), token_ids.tolist(), strict=True)
+    ):
+        chosen.append(sampler.take_best(logit, token_id))
+        sampler.observe(token_id)
+        if position < len(draft_ids) and token_id != draft_ids[position]:
+            break
+    return Verification(chosen, len(chosen) - 1)
 
 
 def judge(

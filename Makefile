@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CXX_FILES := $(wildcard csrc/*.cc csrc/*.h csrc/*.inc)
 
-.PHONY: demo test lint bench build asan clean
+.PHONY: demo test lint bench plots build asan clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/specmoeoff demo
@@ -20,8 +20,14 @@ lint: build
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
 bench: build
-	$(BIN)/python benchmarks/linear.py
-	$(BIN)/python benchmarks/expert_ffn.py
+	mkdir -p build/bench
+	$(BIN)/python benchmarks/linear.py --json build/bench/linear.json
+	$(BIN)/python benchmarks/expert_ffn.py --json build/bench/expert_ffn.json
+
+# The roofline pictures in docs/, from what `make bench` recorded last.
+plots: build
+	$(BIN)/pip install --quiet "matplotlib>=3.8"
+	$(BIN)/python benchmarks/roofline_plot.py build/bench/*.json --output docs/img
 
 # Builds again after a change to csrc/; Python files are used in place.
 build: $(VENV)/.dev

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -20,11 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.machine import machine
+from harness.turns import best_seconds
 from specmoeoff import kernels
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from specmoeoff.kernels import Activations
 
 SHAPES = [(576, 576), (49152, 576), (1536, 576), (2048, 5632)]  # N, K
@@ -52,18 +50,6 @@ class Measured:
         return self.rows * self.n * self.k
 
 
-def best_of(calls: list[Callable[[], object]], budget_s: float) -> list[float]:
-    """Run the calls in turns for about budget_s; return each one's best seconds."""
-    best = [float("inf")] * len(calls)
-    end = time.perf_counter() + budget_s
-    while time.perf_counter() < end:
-        for i, call in enumerate(calls):
-            start = time.perf_counter()
-            call()
-            best[i] = min(best[i], time.perf_counter() - start)
-    return best
-
-
 def measure(n: int, k: int, rows: int, budget_s: float) -> Measured:
     """Time both products of random operands."""
     rng = np.random.default_rng(0)
@@ -71,7 +57,7 @@ def measure(n: int, k: int, rows: int, budget_s: float) -> Measured:
     x = rng.standard_normal((rows, k)).astype(np.float32)
     out = np.empty((rows, n), np.float32)
     calls = [lambda a=a: kernels.linear(x, weight, out=out, activations=a) for a in ACTIVATIONS]
-    return Measured(n, k, rows, *best_of(calls, budget_s))
+    return Measured(n, k, rows, *best_seconds(calls, budget_s / len(calls)))
 
 
 def show(results: list[Measured]) -> None:

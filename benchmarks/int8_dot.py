@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -19,11 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.machine import machine
+from harness.turns import best_seconds
 from specmoeoff import kernels
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from specmoeoff.kernels import Weight
 
 SHAPES = [(1536, 576), (576, 1536), (5632, 2048)]  # N, K
@@ -50,18 +48,6 @@ class Measured:
         return self.rows * self.n * self.k
 
 
-def best_of(calls: list[Callable[[], object]], budget_s: float) -> list[float]:
-    """Run the calls in turns for about budget_s; return each one's best seconds."""
-    best = [float("inf")] * len(calls)
-    end = time.perf_counter() + budget_s
-    while time.perf_counter() < end:
-        for i, call in enumerate(calls):
-            start = time.perf_counter()
-            call()
-            best[i] = min(best[i], time.perf_counter() - start)
-    return best
-
-
 def measure(n: int, k: int, rows: int, budget_s: float) -> Measured:
     """Time both products of random operands."""
     rng = np.random.default_rng(0)
@@ -70,7 +56,7 @@ def measure(n: int, k: int, rows: int, budget_s: float) -> Measured:
     x = rng.standard_normal((rows, k)).astype(np.float32)
     out = np.empty((rows, n), np.float32)
     calls = [lambda w=w: kernels.linear(x, w, out=out) for w in weights]
-    return Measured(n, k, rows, *best_of(calls, budget_s))
+    return Measured(n, k, rows, *best_seconds(calls, budget_s / len(calls)))
 
 
 def show(results: list[Measured]) -> None:

@@ -2,8 +2,6 @@
 #include "attention.h"
 
 #include <algorithm>
-#include <cstring>
-#include <limits>
 #include <memory>
 #include <vector>
 
@@ -138,97 +136,6 @@ void AttendByRange(const AttentionCall& call, const AttentionKernels& kernels, s
   });
 }
 
-uint16_t ToBFloat16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-uint16_t ToFloat16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  const uint32_t sign = bits >> 16 & 0x8000;
-  const uint32_t magnitude = bits & 0x7fffffff;
-  if (magnitude > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00 | (bits >> 13 & 0x3ff));
-  if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // rounds to 65536
-  if (magnitude < 0x38800000) {  // below 2^-14: adding 1/2 rounds to multiples of 2^-24
-    float shifted;
-    std::memcpy(&shifted, &magnitude, sizeof shifted);
-    shifted += 0.5f;
-    std::memcpy(&bits, &shifted, sizeof bits);
-    return static_cast<uint16_t>(sign | (bits - 0x3f000000));
-  }
-  const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1);
-  return static_cast<uint16_t>(sign | ((rounded - 0x38000000) >> 13));
-}
-
-void Put(float x, float& to) { to = x; }
-void Put(float x, uint16_t& to) { to = ToBFloat16(x); }
-void Put(float x, Half& to) { to.bits = ToFloat16(x); }
-
-// Writes one head of one token, its elements `stride` apart.
-template <class T>
-void PutHead(const float* from, int64_t head_dim, T* to, int64_t stride, float*) {
-  for (int64_t d = 0; d < head_dim; ++d) Put(from[d], to[d * stride]);
-}
-
-void PutHead(const float* from, int64_t head_dim, int8_t* to, int64_t stride, float* scale) {
-  uint32_t top = 0;  // magnitudes compare as their bits do
-  for (int64_t d = 0; d < head_dim; ++d) {
-    uint32_t bits;
-    std::memcpy(&bits, from + d, sizeof bits);
-    top = std::max(top, bits & 0x7fffffff);
-  }
-  if (top >= 0x7f800000) {
-    for (int64_t d = 0; d < head_dim; ++d) to[d * stride] = 0;
-    *scale = std::numeric_limits<float>::quiet_NaN();
-    return;
-  }
-  float largest;
-  std::memcpy(&largest, &top, sizeof largest);
-  *scale = largest / 127.0f;
-  const float unit = *scale == 0.0f ? 1.0f : *scale;
-  constexpr float kToInteger = 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer, ties to even
-  for (int64_t d = 0; d < head_dim; ++d) {
-    const float rounded = (from[d] / unit + kToInteger) - kToInteger;
-    to[d * stride] = static_cast<int8_t>(std::clamp(rounded, -127.0f, 127.0f));
-  }
-}
-
-template <class T>
-void AppendHead(const AppendCall& call, int head) {
-  const int64_t head_dim = call.head_dim, page_size = call.page_size;
-  for (int64_t t = 0; t < call.num_tokens; ++t) {
-    const int64_t page = call.slots[t] / page_size, at = call.slots[t] % page_size;
-    const int64_t from = (t * call.num_kv_heads + head) * head_dim;
-    const int64_t in_page = head * head_dim * page_size;
-    T* const k = static_cast<T*>(call.key_pages) + page * call.key_page_stride + in_page + at;
-    T* const v =
-        static_cast<T*>(call.value_pages) + page * call.value_page_stride + in_page + at * head_dim;
-    float *k_scale = nullptr, *v_scale = nullptr;
-    if (call.kv_type == KvType::kInt8) {
-      k_scale = call.key_scales + page * call.key_scale_stride + head * page_size + at;
-      v_scale = call.value_scales + page * call.value_scale_stride + head * page_size + at;
-    }
-    PutHead(call.keys + from, head_dim, k, page_size, k_scale);
-    PutHead(call.values + from, head_dim, v, 1, v_scale);
-  }
-}
-
-void AppendHeadOfType(const AppendCall& call, int head) {
-  switch (call.kv_type) {
-    case KvType::kFloat32:
-      return AppendHead<float>(call, head);
-    case KvType::kBfloat16:
-      return AppendHead<uint16_t>(call, head);
-    case KvType::kFloat16:
-      return AppendHead<Half>(call, head);
-    case KvType::kInt8:
-      return AppendHead<int8_t>(call, head);
-  }
-}
-
 }  // namespace
 
 AttentionSpan VisibleSpan(const AttentionCall& call, const AttentionItem& item) {
@@ -282,16 +189,6 @@ void ChunkedAttention(const AttentionCall& call, int num_sequences) {
   ParallelFor(static_cast<int64_t>(plan.items.size()), [&](int64_t i) {
     kernels.attend(call, plan.items[i], static_cast<float*>(ThreadScratch(bytes)), nullptr);
   });
-}
-
-void AppendKv(const AppendCall& call) {
-  auto head = [&call](int64_t g) { AppendHeadOfType(call, static_cast<int>(g)); };
-  // A few tokens are done before a second thread has woken up.
-  if (call.num_tokens * call.num_kv_heads * call.head_dim < 65536) {
-    for (int g = 0; g < call.num_kv_heads; ++g) head(g);
-  } else {
-    ParallelFor(call.num_kv_heads, head);
-  }
 }
 
 }  // namespace specmoeoff

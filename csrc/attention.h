@@ -112,28 +112,4 @@ void ChunkedAttention(const AttentionCall& call, int num_sequences);
 // Bits of tokens base .. base + 63 that query token i of n (KV length kv_len) sees.
 uint64_t VisibleTokens(const AttentionCall& call, int sequence, int query, int64_t base);
 
-struct AppendCall {
-  const float* keys;    // [T, G, D]
-  const float* values;  // [T, G, D]
-  void* key_pages;      // as in AttentionCall
-  void* value_pages;
-  int64_t key_page_stride;
-  int64_t value_page_stride;
-  KvType kv_type;
-  float* key_scales;  // as in AttentionCall
-  float* value_scales;
-  int64_t key_scale_stride;
-  int64_t value_scale_stride;
-  const int32_t* slots;  // [T] page * P + offset, valid
-  int64_t num_tokens;
-  int num_kv_heads;
-  int head_dim;
-  int page_size;
-};
-
-// Writes new keys and values into their pages, rounded to nearest even (NaN kept). int8: the scale
-// is the largest magnitude of the head / 127; a head with a NaN or an infinity becomes zeros with a
-// scale of NaN. A slot given twice keeps the later token.
-void AppendKv(const AppendCall& call);
-
 }  // namespace specmoeoff

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <string>
 
+#include "append_kv.h"
 #include "array.h"
 #include "attention.h"
 

@@ -100,6 +100,13 @@ SPECMOEOFF_INLINE void StorePartialI8(int8_t* p, Vec v, int count) {
   _mm256_store_si256(reinterpret_cast<__m256i*>(lanes + 8), _mm256_cvtps_epi32(v.hi));
   for (int i = 0; i < count; ++i) p[i] = static_cast<int8_t>(lanes[i]);
 }
+SPECMOEOFF_INLINE void StoreI8(int8_t* p, Vec v) {
+  const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(v.lo), _mm256_cvtps_epi32(v.hi));
+  const __m256i sorted = _mm256_permute4x64_epi64(words, 0xd8);
+  const __m128i bytes =
+      _mm_packs_epi16(_mm256_castsi256_si128(sorted), _mm256_extracti128_si256(sorted, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+}
 SPECMOEOFF_INLINE __m256i RoundToBf16(__m256 v) {
   const __m256i bits = _mm256_castps_si256(v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -111,11 +118,19 @@ SPECMOEOFF_INLINE __m256i RoundToBf16(__m256 v) {
   return _mm256_srli_epi32(_mm256_castps_si256(chosen), 16);
 }
 // Rounded to nearest even; NaN stays NaN (its quiet bit is set).
-SPECMOEOFF_INLINE void StorePartialBf16(uint16_t* p, Vec v, int count) {
+SPECMOEOFF_INLINE void StoreBf16(uint16_t* p, Vec v) {
   const __m256i packed = _mm256_packus_epi32(RoundToBf16(v.lo), RoundToBf16(v.hi));
-  alignas(32) uint16_t lanes[16];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), _mm256_permute4x64_epi64(packed, 0xd8));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+}
+SPECMOEOFF_INLINE void StorePartialBf16(uint16_t* p, Vec v, int count) {
+  uint16_t lanes[16];
+  StoreBf16(lanes, v);
   memcpy(p, lanes, sizeof(uint16_t) * static_cast<size_t>(count));
+}
+SPECMOEOFF_INLINE void StoreF16(uint16_t* p, Vec v) {
+  constexpr int kMode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v.lo, kMode));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(v.hi, kMode));
 }
 
 SPECMOEOFF_INLINE __m256 ScaleHalf(__m256 v, __m256 shifted) {

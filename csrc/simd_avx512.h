@@ -65,15 +65,27 @@ SPECMOEOFF_INLINE Vec LoadPartialI8(const int8_t* p, int count) {
 SPECMOEOFF_INLINE void StorePartialI8(int8_t* p, Vec v, int count) {
   _mm_mask_storeu_epi8(p, FirstLanes(count), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
 }
-// Rounded to nearest even; NaN stays NaN (its quiet bit is set).
-SPECMOEOFF_INLINE void StorePartialBf16(uint16_t* p, Vec v, int count) {
+SPECMOEOFF_INLINE void StoreI8(int8_t* p, Vec v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+}
+SPECMOEOFF_INLINE __m256i RoundToBf16(Vec v) {
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
   const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
   const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
-  const __m512i chosen = _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16);
-  _mm256_mask_storeu_epi16(p, FirstLanes(count), _mm512_cvtepi32_epi16(chosen));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
+}
+// Rounded to nearest even; NaN stays NaN (its quiet bit is set).
+SPECMOEOFF_INLINE void StorePartialBf16(uint16_t* p, Vec v, int count) {
+  _mm256_mask_storeu_epi16(p, FirstLanes(count), RoundToBf16(v));
+}
+SPECMOEOFF_INLINE void StoreBf16(uint16_t* p, Vec v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), RoundToBf16(v));
+}
+SPECMOEOFF_INLINE void StoreF16(uint16_t* p, Vec v) {
+  const __m256i bits = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
 }
 
 // v * 2^n, n the integer in the low bits of `shifted` (see Exp); in two steps.

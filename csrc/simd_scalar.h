@@ -94,6 +94,7 @@ SPECMOEOFF_INLINE Vec LoadI8(const int8_t* p) { return LoadPartialI8(p, 16); }
 SPECMOEOFF_INLINE void StorePartialI8(int8_t* p, Vec v, int count) {
   for (int j = 0; j < count; ++j) p[j] = static_cast<int8_t>(v.lane[j]);
 }
+SPECMOEOFF_INLINE void StoreI8(int8_t* p, Vec v) { StorePartialI8(p, v, 16); }
 // Rounded to nearest even; NaN stays NaN (its quiet bit is set).
 SPECMOEOFF_INLINE void StorePartialBf16(uint16_t* p, Vec v, int count) {
   for (int j = 0; j < count; ++j) {
@@ -102,6 +103,24 @@ SPECMOEOFF_INLINE void StorePartialBf16(uint16_t* p, Vec v, int count) {
     const uint32_t chosen = nan ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u);
     p[j] = static_cast<uint16_t>(chosen >> 16);
   }
+}
+SPECMOEOFF_INLINE void StoreBf16(uint16_t* p, Vec v) { StorePartialBf16(p, v, 16); }
+
+SPECMOEOFF_INLINE uint16_t FloatToHalf(float x) {
+  const uint32_t bits = FloatToBits(x);
+  const uint32_t sign = bits >> 16 & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u | (bits >> 13 & 0x3ffu));
+  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // rounds to 65536
+  if (magnitude < 0x38800000u) {  // below 2^-14: adding 1/2 rounds to multiples of 2^-24
+    const uint32_t shifted = FloatToBits(BitsToFloat(magnitude) + 0.5f);
+    return static_cast<uint16_t>(sign | (shifted - 0x3f000000u));
+  }
+  const uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1u);
+  return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
+}
+SPECMOEOFF_INLINE void StoreF16(uint16_t* p, Vec v) {
+  for (int j = 0; j < 16; ++j) p[j] = FloatToHalf(v.lane[j]);
 }
 
 SPECMOEOFF_INLINE float ScaleLane(float x, float shifted) {

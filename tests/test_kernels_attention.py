@@ -1,4 +1,4 @@
-"""Chunked attention and append_kv: the native module against its specification.
+"""Chunked attention: the native module against its specification.
 
 Against ``reference`` a result is within the error bound of its order of summation. Between CPU
 targets, splits of the queries, batch mates, thread counts and page sizes it is equal bit for bit.
@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from paged_kv import Problem, empty_pages, make_problem, random_tree_mask
 from specmoeoff import kernels
-from specmoeoff.kernels import reference
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -274,29 +273,6 @@ def test_two_python_threads_at_once() -> None:
     assert right == [True] * 80
 
 
-SPECIAL = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-40, -1e-45, 3.4e38, 1.00390625, 1.01171875]
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("page_size", [16, 48])
-@pytest.mark.parametrize("num_tokens", [0, 1, 50, 3000])
-def test_append_kv_writes_the_reference_bits(dtype: str, page_size: int, num_tokens: int) -> None:
-    rng = np.random.default_rng(3)
-    keys = rng.standard_normal((num_tokens, 3, 8)).astype(np.float32)
-    values = rng.standard_normal((num_tokens, 3, 8)).astype(np.float32)
-    keys.reshape(-1)[: len(SPECIAL)] = SPECIAL[: keys.size]
-    num_pages = 3000 // page_size + 1
-    slots = rng.permutation(num_pages * page_size)[:num_tokens].astype(np.int32)
-    if num_tokens > 1:
-        slots[-1] = slots[0]  # the later one stays
-    native = empty_pages(num_pages, 3, 8, page_size, dtype)
-    wanted = empty_pages(num_pages, 3, 8, page_size, dtype)
-    kernels.append_kv(keys, values, *native, slots)
-    reference.append_kv(keys, values, *wanted, slots)
-    for ours, theirs in zip(native, wanted, strict=True):
-        assert same_bits(ours, theirs)
-
-
 def broken(**changes: Any) -> dict[str, Any]:
     """Return good arguments of chunked_attention with some replaced."""
     names = ["q", "k_pages", "v_pages", "page_tables", "q_offsets", "kv_lens"]
@@ -360,29 +336,3 @@ def test_a_tree_has_at_most_64_nodes() -> None:
     problem = make_problem([70], [65], tree_mask=np.ones(65, np.uint64))
     with pytest.raises(ValueError, match="tree_mask"):
         attend(problem)
-
-
-@pytest.mark.parametrize(
-    ("name", "error", "slots"),
-    [
-        ("slots", ValueError, np.array([0, 64], np.int32)),
-        ("slots", ValueError, np.array([-1, 0], np.int32)),
-        ("slots", TypeError, np.array([0, 1], np.int64)),
-        ("keys", ValueError, np.array([0], np.int32)),
-    ],
-)
-def test_append_kv_names_the_wrong_argument(
-    name: str, error: type[Exception], slots: np.ndarray
-) -> None:
-    pages = empty_pages(2, 3, 8, 32, "bfloat16")
-    tokens = np.zeros((2, 3, 8), np.float32)
-    with pytest.raises(error, match=name):
-        kernels.append_kv(tokens, tokens, *pages, slots)
-
-
-def test_append_kv_refuses_pages_it_may_not_write() -> None:
-    k_pages, v_pages = empty_pages(2, 3, 8, 32, "float32")
-    k_pages.flags.writeable = False
-    tokens = np.zeros((1, 3, 8), np.float32)
-    with pytest.raises(ValueError, match="k_pages"):
-        kernels.append_kv(tokens, tokens, k_pages, v_pages, np.zeros(1, np.int32))

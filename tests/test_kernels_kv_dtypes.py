@@ -16,9 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paged_kv import Problem, empty_pages, empty_scales, make_problem, random_tree_mask
+from paged_kv import Problem, make_problem, random_tree_mask
 from specmoeoff import kernels
-from specmoeoff.kernels import reference
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -200,49 +199,6 @@ def test_int8_is_as_near_as_eight_bits_allow() -> None:
     assert 0 < off < step
 
 
-SPECIAL = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-40, -1e-45, 3.4e38, 65504.0, 65519.9, 65520.0]
-SPECIAL += [-65536.0, 2**-14, 2**-15 * 1.0009765625, -(2.0**-24), 2**-25, 2**-25 * 1.5, 6.1e-5]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("page_size", [16, 48])
-@pytest.mark.parametrize("num_tokens", [0, 1, 50, 3000])
-def test_append_kv_writes_the_reference_bits(dtype: str, page_size: int, num_tokens: int) -> None:
-    rng = np.random.default_rng(3)
-    keys = rng.standard_normal((num_tokens, 3, 8)).astype(np.float32)
-    values = rng.standard_normal((num_tokens, 3, 8)).astype(np.float32)
-    keys.reshape(-1)[: len(SPECIAL)] = SPECIAL[: keys.size]
-    values[30:] *= np.float32(2) ** rng.integers(-30, 20, (num_tokens, 3, 8))[30:]
-    keys[40:43] = 0
-    keys[43:44] = 1e-45
-    num_pages = 3000 // page_size + 1
-    slots = rng.permutation(num_pages * page_size)[:num_tokens].astype(np.int32)
-    if num_tokens > 1:
-        slots[-1] = slots[0]  # the later one stays
-    results = []
-    for append in (kernels.append_kv, reference.append_kv):
-        pages = empty_pages(num_pages, 3, 8, page_size, dtype)
-        scales = empty_scales(num_pages, 3, page_size, dtype)
-        with np.errstate(invalid="ignore"):
-            append(keys, values, *pages, slots, **scales)
-        results.append([*pages, *scales.values()])
-    for ours, theirs in zip(*results, strict=True):
-        assert same_bits(ours, theirs)
-
-
-@pytest.mark.slow
-def test_append_kv_rounds_every_float16_and_what_lies_between() -> None:
-    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float64)
-    between = (halves[1:] + halves[:-1]) / 2
-    near = np.concatenate([halves, between]).astype(np.float32)
-    numbers = np.concatenate([near, np.nextafter(near, np.float32(np.inf)), -near])
-    numbers = np.resize(numbers, (len(numbers) // 16 + 1, 1, 16)).astype(np.float32)
-    k_pages, v_pages = empty_pages(len(numbers) // 16 + 1, 1, 16, 16, "float16")
-    kernels.append_kv(numbers, numbers, k_pages, v_pages, np.arange(len(numbers), dtype=np.int32))
-    stored = np.ascontiguousarray(v_pages).reshape(-1, 16)[: len(numbers)]
-    assert same_bits(stored, numbers[:, 0].astype(np.float16))
-
-
 def arguments(dtype: str) -> dict[str, Any]:
     """Return good arguments of chunked_attention."""
     names = ["q", "k_pages", "v_pages", "page_tables", "q_offsets", "kv_lens"]
@@ -273,11 +229,3 @@ def test_scales_go_with_int8_alone() -> None:
     scales = {"k_scales": arguments("int8")["k_scales"]}
     with pytest.raises(ValueError, match="k_scales goes with pages of int8"):
         kernels.chunked_attention(**{**arguments("float16"), **scales})
-
-
-def test_append_kv_refuses_scales_it_may_not_write() -> None:
-    pages, scales = empty_pages(2, 3, 8, 32, "int8"), empty_scales(2, 3, 32, "int8")
-    scales["v_scales"].flags.writeable = False
-    tokens = np.zeros((1, 3, 8), np.float32)
-    with pytest.raises(ValueError, match="v_scales"):
-        kernels.append_kv(tokens, tokens, *pages, np.zeros(1, np.int32), **scales)

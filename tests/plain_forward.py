@@ -24,9 +24,9 @@ PAGE_SIZE = 16
 class PlainForward:
     """A whole model in memory, fed any number of tokens at a time."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, activations: kernels.Activations = "float32") -> None:
         self.config = parse_config(directory)
-        self.model: Model = build_model(self.config)
+        self.model: Model = build_model(self.config, activations)
         checkpoint = Checkpoint.open(directory)
         layers = range(self.config.num_layers)
         self.globals = _load(checkpoint, self.model.global_tensors())
@@ -101,6 +101,7 @@ class PlainForward:
             np.concatenate(rows).astype(np.int32),
             np.concatenate(row_weights).astype(np.float32),
             x,
+            activations=self.model.activations,
         )
 
 

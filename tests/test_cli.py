@@ -78,8 +78,9 @@ def test_options_reach_the_engine_and_the_sampling() -> None:
     arguments = (
         "generate M --prompts i --output o -m 1GiB --draft D -k 3 --max-num-seqs 8 --threads 2"
     )
-    arguments += " --max-num-batched-tokens 256 --max-model-len 99 --kv-dtype float32 --seed 7"
-    arguments += " --expert-mode belt --cpu-target scalar -n 5 -t 0.5 --top-p 0.9 --top-k 0 --n 2"
+    arguments += " --max-num-batched-tokens 256 --max-model-len 99 --kv-dtype float32"
+    arguments += " --seed 7 --dtype auto --expert-mode belt --cpu-target scalar"
+    arguments += " -n 5 -t 0.5 --top-p 0.9 --top-k 0 --n 2"
     arguments += " --stop a --stop b --ignore-eos --logprobs 0 --min-tokens 1"
     options = app.parse(arguments.split())
     assert isinstance(options, GenerateOptions)
@@ -91,6 +92,7 @@ def test_options_reach_the_engine_and_the_sampling() -> None:
         max_num_seqs=8,
         max_num_batched_tokens=256,
         max_model_len=99,
+        dtype="auto",
         kv_dtype="float32",
         num_threads=2,
         expert_mode="belt",
@@ -170,6 +172,7 @@ def test_a_draft_for_nothing_is_refused() -> None:
             "num_speculative_tokens is 99",
         ),
         (["generate", "M", "-p", "x", "--kv-dtype", "int3"], "kv_dtype is 'int3'"),
+        (["chat", "M", "--dtype", "half"], "dtype is 'half'; use one of auto, float32, bfloat16"),
         (["generate", "M", "-p", "x", "--stats", "no/such/dir.json"], "no/such/dir.json"),
         (["generate", "M", "-p", "\udcff"], "not valid UTF-8"),
         (["generate", "M", "--prompts", "none.jsonl", "-o", "o"], "none.jsonl does not exist"),
@@ -338,6 +341,7 @@ def test_doctor_plans_a_model(
         num_expert_slots=4,
         expert_slot_bytes=2**20,
         max_model_len=64,
+        dtype="bfloat16",
     )
     monkeypatch.setattr("specmoeoff.engine.memory_plan.plan_memory", lambda config: policy)
     assert call("doctor", str(tiny_mixtral), "-m", "1GiB", "--json") == 0
@@ -349,6 +353,7 @@ def test_doctor_plans_a_model(
     assert call("doctor", str(tiny_mixtral), "-m", "1GiB") == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "runtime │ 256 MiB" in out
+    assert "activations in products │ bfloat16" in out
     assert "experts │ 10 of 1.00 MiB" in out
     assert "streamed per full pass │ at least 6.00 MiB" in out
 

@@ -284,6 +284,7 @@ REFUSALS: dict[str, tuple[dict[str, object], type[Exception], str]] = {
     "too little": ({"memory": "10MiB"}, DoesNotFitError, "smallest budget that works is"),
     "no memory": ({"memory": "lots"}, InvalidInputError, "lots"),
     "device": ({"device": "tpu"}, InvalidInputError, "device is 'tpu'"),
+    "dtype": ({"dtype": "half"}, InvalidInputError, "dtype is 'half'"),
     "kv": ({"kv_dtype": "int4"}, InvalidInputError, "kv_dtype is 'int4'"),
     "mode": ({"expert_mode": "none"}, InvalidInputError, "expert_mode is 'none'"),
     "threads": ({"num_threads": 0}, InvalidInputError, "num_threads is 0"),

@@ -73,8 +73,8 @@ ROPES: dict[str, dict[str, Any]] = {
 }
 
 
-def oracle_model(directory: Path) -> Any:
-    """Load a checkpoint with Transformers, weights widened to float32."""
+def oracle_model(directory: Path, dtype: str = "float32") -> Any:
+    """Load a checkpoint with Transformers, weights and activations in ``dtype``."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Transformers' own deprecations are not ours to fix.
         torch = pytest.importorskip("torch")
@@ -82,17 +82,20 @@ def oracle_model(directory: Path) -> Any:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, attn_implementation="eager"
+            directory, dtype=getattr(torch, dtype), attn_implementation="eager"
         )
     return model.eval()
 
 
-def oracle_logits(directory: Path, token_ids: list[int]) -> NDArray[np.float32]:
+def oracle_logits(
+    directory: Path, token_ids: list[int], dtype: str = "float32"
+) -> NDArray[np.float32]:
     """Return Transformers' logits [T, V]."""
     import torch
 
     with torch.no_grad():
-        return oracle_model(directory)(torch.tensor([token_ids])).logits[0].numpy()
+        logits = oracle_model(directory, dtype)(torch.tensor([token_ids])).logits
+    return logits[0].float().numpy()
 
 
 def assert_same_logits(directory: Path, token_ids: list[int] = PROMPT) -> None:
@@ -125,6 +128,27 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 def test_logits_are_those_of_transformers(case: str, tmp_path: Path) -> None:
     model_type, overrides = SHAPES[case]
     assert_same_logits(write_tiny(tmp_path, model_type, seed=len(case), **overrides))
+
+
+@pytest.mark.parametrize("case", ["llama", "mistral-window", "mixtral-all-experts"])
+def test_bfloat16_is_nearer_to_float32_than_transformers_bfloat16(
+    case: str, tmp_path: Path
+) -> None:
+    # No router that chooses: one that rounding tips over says nothing about the products.
+    model_type, overrides = SHAPES[case]
+    # torch's grouped products of bfloat16 want rows of whole 16 bytes.
+    overrides = {**overrides, "hidden_size": 72, "intermediate_size": 88}
+    directory = write_tiny(tmp_path, model_type, seed=len(case), **overrides)
+    exact, theirs = (oracle_logits(directory, PROMPT, dtype) for dtype in ("float32", "bfloat16"))
+    ours = PlainForward(directory, "bfloat16").logits(PROMPT)
+
+    def distance(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+        return float(np.sqrt(np.mean((a - b) ** 2)))
+
+    # Transformers rounds results as well, and all that lies between products.
+    assert distance(ours, exact) <= distance(theirs, exact) < 0.05 * exact.std()
+    # Rounding is there, and of the size of bfloat16's.
+    assert distance(ours, exact) > 2**-11 * exact.std()
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mixtral"])

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import repeat
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from specmoeoff.config import EngineConfig, SpeculativeConfig
 from specmoeoff.engine.build import build_engine
@@ -27,7 +27,7 @@ from specmoeoff.text import Detokenizer, Tokenizer
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from specmoeoff.config import ExpertMode, KvDtype, Policy
+    from specmoeoff.config import Dtype, ExpertMode, KvDtype, Policy
     from specmoeoff.engine.engine import Update
     from specmoeoff.engine.sequence import Request
     from specmoeoff.engine.sequence import Sequence as EngineSequence
@@ -53,6 +53,7 @@ class LLM:
         *,
         memory: str | int | None = None,
         device: str = "auto",
+        dtype: Literal["auto"] | Dtype = "float32",
         kv_dtype: KvDtype = "bfloat16",
         max_num_seqs: int = 64,
         max_num_batched_tokens: int | None = None,
@@ -74,6 +75,7 @@ class LLM:
             model=str(model),
             memory=None if memory is None else parse_memory_size(memory),
             device=device,  # type: ignore[arg-type]  # EngineConfig refuses what it does not know
+            dtype=dtype,
             kv_dtype=kv_dtype,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from budgets import MIB, forget_this_process, smallest_budget
 from specmoeoff import LLM, SamplingParams, SpeculativeConfig
-from specmoeoff.config import KV_DTYPES
+from specmoeoff.config import DTYPES, KV_DTYPES
 from tiny import EOS_TOKEN_ID, write_draft, write_tiny
 
 if TYPE_CHECKING:
@@ -71,19 +72,30 @@ def prompts() -> list[list[int]]:
     return made
 
 
-Expected = dict[str, list[list[int]]]
+DEFAULT = ("float32", "bfloat16")
+Expected = dict[tuple[str, str], list[list[int]]]
+"""By dtype and kv_dtype: each pair rounds in its own way."""
 
 
 @pytest.fixture(scope="module")
 def expected(models: Models, prompts: list[list[int]]) -> Expected:
     """What each prompt gives alone, everything in memory, no speculation, one thread."""
-    tokens = {}
-    for kv_dtype in KV_DTYPES:
-        with LLM(str(models.target), memory="1GiB", kv_dtype=kv_dtype, num_threads=1) as llm:  # type: ignore[arg-type]
-            tokens[kv_dtype] = [run(llm, [prompt])[0] for prompt in prompts]
-    assert all(len(each) == 24 or each[-1] == EOS_TOKEN_ID for each in tokens["bfloat16"])
-    assert len({tuple(each) for each in tokens["bfloat16"]}) == len(prompts)
+    tokens: Expected = {}
+    for key in itertools.product(DTYPES, KV_DTYPES):
+        options: dict[str, Any] = {"dtype": key[0], "kv_dtype": key[1], "num_threads": 1}
+        with LLM(str(models.target), memory="1GiB", **options) as llm:
+            tokens[key] = [run(llm, [prompt])[0] for prompt in prompts]
+    for each in tokens.values():
+        assert all(len(ids) == 24 or ids[-1] == EOS_TOKEN_ID for ids in each)
+        assert len({tuple(ids) for ids in each}) == len(prompts)
+    # An option that reached no kernel would pass every test below.
+    assert tokens["float32", "float32"] != tokens["bfloat16", "float32"]
     return tokens
+
+
+def rounding(options: dict[str, Any]) -> tuple[str, str]:
+    """Return the key of ``Expected`` for an engine's options."""
+    return options.get("dtype", DEFAULT[0]), options.get("kv_dtype", DEFAULT[1])
 
 
 def run(
@@ -112,6 +124,10 @@ CASES = [
     Case("off", extra=0, batch=16, options={"expert_mode": "demand", "num_threads": 2}),
     Case("off", extra=1, batch=3, options={"max_num_batched_tokens": 5, "kv_dtype": "int8"}),
     Case("off", batch=16, options={"max_num_batched_tokens": 4096, "num_threads": 1}),
+    Case("off", extra=0, batch=16, options={"dtype": "bfloat16", "num_threads": 2}),
+    Case("ngram", 4, 0, 3, {"dtype": "bfloat16", "kv_dtype": "float32"}),
+    Case("good", 4, 1, 1, {"dtype": "bfloat16", "max_num_batched_tokens": 5}),
+    Case("fair", 6, None, 16, {"dtype": "bfloat16", "kv_dtype": "int8"}),
     Case("ngram", 1, 0, 16, {"expert_mode": "auto"}),
     Case("ngram", 3, 2, 3, {"kv_dtype": "float32", "max_num_batched_tokens": 8}),
     Case("ngram", 8, None, 1, {"expert_mode": "belt", "kv_dtype": "float16"}),
@@ -149,7 +165,7 @@ def test_the_same_tokens(
         for at in range(0, len(some), case.batch):
             got += run(llm, some[at : at + case.batch])
         stats = llm.stats()
-    reference = expected[case.options.get("kv_dtype", "bfloat16")]
+    reference = expected[rounding(case.options)]
     assert got == (reference if case.batch != 1 else reference[::3])
     if case.draft in ("good", "fair") and not case.speculative.get("adaptive"):
         assert stats.accepted_tokens > 0
@@ -166,6 +182,7 @@ def test_any_way_to_run(
         "expert_mode": data.draw(st.sampled_from(["auto", "belt", "demand"])),
         "max_num_batched_tokens": data.draw(st.sampled_from([None, 1, 2, 7, 33, 200])),
         "max_num_seqs": data.draw(st.sampled_from([1, 2, 5, 64])),
+        "dtype": data.draw(st.sampled_from(DTYPES)),
         "kv_dtype": data.draw(st.sampled_from(KV_DTYPES)),
         "num_threads": data.draw(st.sampled_from([1, 2])),
     }
@@ -178,7 +195,7 @@ def test_any_way_to_run(
     order = data.draw(st.permutations(range(len(prompts))))[: data.draw(st.integers(1, 6))]
     with LLM(str(models.target), memory=memory, speculative_config=speculative, **options) as llm:
         got = run(llm, [prompts[i] for i in order])
-    assert got == [expected[options["kv_dtype"]][i] for i in order]
+    assert got == [expected[rounding(options)][i] for i in order]
 
 
 def test_arrival_while_others_run(
@@ -194,7 +211,7 @@ def test_arrival_while_others_run(
             if number == 3:  # a second run begins in the middle of the first
                 rest = run(llm, prompts[2:])
                 tokens |= dict(enumerate(rest, 2))
-    assert list(tokens.values()) == expected["bfloat16"]
+    assert list(tokens.values()) == expected[DEFAULT]
 
 
 @pytest.mark.parametrize("draft", ["off", "good", "random", "ngram"])

@@ -83,6 +83,15 @@ MaxLen = Annotated[
         "--max-model-len", metavar="N", help="Longest prompt + output. Default: the model's."
     ),
 ]
+Dtype = Annotated[
+    str | None,
+    engine_option(
+        "--dtype",
+        metavar="DTYPE",
+        help="Activations in the target's products: float32, bfloat16 (rounded, as a model run in "
+        "bfloat16 has them), or auto (bfloat16 where this CPU gains 1.5x). Default: float32.",
+    ),
+]
 KvDtype = Annotated[
     str | None,
     engine_option(

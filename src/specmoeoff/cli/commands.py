@@ -13,6 +13,7 @@ from specmoeoff.cli.arguments import (
     Draft,
     DraftModel,
     DraftTokens,
+    Dtype,
     ExpertMode,
     Frequency,
     IgnoreEos,
@@ -112,6 +113,7 @@ def generate(
     max_num_seqs: MaxSeqs = None,
     max_num_batched_tokens: MaxBatched = None,
     max_model_len: MaxLen = None,
+    dtype: Dtype = None,
     kv_dtype: KvDtype = None,
     threads: Threads = None,
     expert_mode: ExpertMode = None,
@@ -142,6 +144,7 @@ def generate(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
+            dtype=dtype,
             kv_dtype=kv_dtype,
             num_threads=threads,
             expert_mode=expert_mode,
@@ -186,6 +189,7 @@ def chat(
     draft_model: DraftModel = None,
     num_speculative_tokens: DraftTokens = None,
     max_model_len: MaxLen = None,
+    dtype: Dtype = None,
     kv_dtype: KvDtype = None,
     threads: Threads = None,
     expert_mode: ExpertMode = None,
@@ -208,6 +212,7 @@ def chat(
             num_speculative_tokens=num_speculative_tokens,
             max_num_seqs=1,
             max_model_len=max_model_len,
+            dtype=dtype,
             kv_dtype=kv_dtype,
             num_threads=threads,
             expert_mode=expert_mode,
@@ -243,6 +248,7 @@ def doctor(
     max_num_seqs: MaxSeqs = None,
     max_num_batched_tokens: MaxBatched = None,
     max_model_len: MaxLen = None,
+    dtype: Dtype = None,
     kv_dtype: KvDtype = None,
 ) -> DoctorOptions:
     """Show what this machine has, and how a model would share the memory."""
@@ -257,6 +263,7 @@ def doctor(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=max_model_len,
+        dtype=dtype,
         kv_dtype=kv_dtype,
     )
     return DoctorOptions(engine=engine, json=json)

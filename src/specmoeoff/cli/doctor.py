@@ -98,6 +98,7 @@ def _policy_rows(policy: Policy) -> list[tuple[str, str]]:
         ("sequences at once", str(policy.max_num_seqs)),
         ("tokens per step", str(policy.max_num_batched_tokens)),
         ("longest sequence", f"{policy.max_model_len} tokens"),
+        ("activations in products", policy.dtype),
     ]
 
 

@@ -30,6 +30,7 @@ class EngineOptions:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     max_model_len: int | None = None
+    dtype: str | None = None
     kv_dtype: str | None = None
     num_threads: int | None = None
     expert_mode: str | None = None
@@ -85,6 +86,7 @@ class EngineOptions:
             "max_num_seqs": self.max_num_seqs,
             "max_num_batched_tokens": self.max_num_batched_tokens,
             "max_model_len": self.max_model_len,
+            "dtype": self.dtype,
             "kv_dtype": self.kv_dtype,
             "num_threads": self.num_threads,
             "expert_mode": self.expert_mode,

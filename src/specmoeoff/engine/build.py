@@ -77,7 +77,7 @@ def build_engine(config: EngineConfig) -> Engine:
         drafter = NgramDrafting(config.speculative)
     elastic_bytes = plan.elastic_bytes + shared_bytes
     reader = Reader()
-    model = target_files.model
+    model = build_model(target_files.model.config, plan.policy.dtype)
     store = ExpertStore(
         target_files.expert_layouts(),
         max(model.config.num_experts_per_tok, 1),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from specmoeoff.config import EngineConfig, KvDtype, ModelConfig, Policy
+from specmoeoff.engine.dtype import choose_dtype
 from specmoeoff.engine.model_files import ModelFiles, check_pair
 from specmoeoff.engine.weights import Loader
 from specmoeoff.errors import DoesNotFitError
@@ -132,6 +133,7 @@ def make_plan(config: EngineConfig, target: ModelFiles, draft: ModelFiles | None
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=step_tokens,
             max_model_len=min(model_len, pages * PAGE_TOKENS),
+            dtype=choose_dtype(config.dtype, target),
         ),
         elastic_bytes=elastic,
         page_bytes=page,

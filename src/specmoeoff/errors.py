@@ -33,3 +33,15 @@ class StreamError(SpecMoEOffError, RuntimeError):
     """Reading weights failed while running; the message names the file and the tensor."""
 
     exit_code = 1
+
+
+class PlanError(SpecMoEOffError, ValueError):
+    """A plan of a step cannot be run as it is; the message names the op."""
+
+    exit_code = 2
+
+
+class OpError(SpecMoEOffError, RuntimeError):
+    """An op of a step failed; the message names it and its cause is chained."""
+
+    exit_code = 1

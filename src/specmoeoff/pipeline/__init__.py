@@ -1,0 +1,1 @@
+"""A step as data: plans, the schedules that build them, and what reads them."""

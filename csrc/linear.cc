@@ -41,17 +41,33 @@ int64_t ChunkRows(int64_t rows, int64_t floats_per_row, int64_t budget, int tile
 
 namespace {
 
-// Packs the rows, as many at once as fit, and calls f(kernels, product, first row) for pieces of
-// columns; f says where the results go.
+// Columns of one of several products.
+struct Part {
+  const LinearOperand* operand;
+  int64_t columns;  // of a piece
+  int64_t pieces;
+};
+
+// Packs the rows, as many at once as fit, and calls f(product, index of its operand, first row) for
+// pieces of columns of all operands; f says where the results go. The operands have one inner size
+// and, if any is bfloat16, all are.
 template <class F>
-void ForPieces(const float* x, int64_t rows, const Weight& weight, const float* bias,
+void ForPieces(const float* x, int64_t rows, const LinearOperand* operands, int64_t num_operands,
                Activations activations, F f) {
-  if (rows == 0 || weight.n == 0) return;
-  const LinearKernels& kernels = CurrentLinear(activations, weight.kind == WeightKind::kBfloat16);
-  const int64_t k = weight.k, n = weight.n, depth = RoundUp(k, 16);
+  if (rows == 0) return;
+  const Weight& like = *operands[0].weight;
+  const LinearKernels& kernels = CurrentLinear(activations, like.kind == WeightKind::kBfloat16);
+  const int64_t k = like.k, depth = RoundUp(k, 16);
   const int64_t chunk = ChunkRows(rows, depth, kPackedFloats, kernels.tile_rows);
-  const int64_t columns = PieceColumns(n, weight.row_bytes());
   const int64_t threads = NumThreads();
+  Part parts[kMostOperands];
+  int64_t num_pieces = 0;
+  for (int64_t i = 0; i < num_operands; ++i) {
+    const Weight& weight = *operands[i].weight;
+    const int64_t columns = PieceColumns(weight.n, weight.row_bytes());
+    parts[i] = {&operands[i], columns, (weight.n + columns - 1) / columns};
+    num_pieces += parts[i].pieces;
+  }
   void* packed = CallScratch(std::min(chunk, rows) * depth * sizeof(float));
   for (int64_t first = 0; first < rows; first += chunk) {
     const int64_t count = std::min(chunk, rows - first);
@@ -64,39 +80,42 @@ void ForPieces(const float* x, int64_t rows, const Weight& weight, const float* 
         kernels.pack(xs, k, nullptr, count, tile, tile + 1, packed);
       });
     }
-    ParallelFor((n + columns - 1) / columns, [&](int64_t piece) {
+    ParallelFor(num_pieces, [&](int64_t piece) {
+      const Part* part = parts;
+      for (; piece >= part->pieces; ++part) piece -= part->pieces;
+      const Weight& weight = *part->operand->weight;
       Product p{};
       p.packed = packed;
       p.rows = count;
       p.weight = &weight;
-      p.begin = piece * columns;
-      p.end = std::min(n, p.begin + columns);
-      p.bias = bias;
+      p.begin = piece * part->columns;
+      p.end = std::min(weight.n, p.begin + part->columns);
+      p.bias = part->operand->bias;
       // Pieces are taken in order, so this thread's next one most likely is `threads` further.
-      const int64_t next = p.begin + threads * columns;
-      p.next = next + columns <= n ? weight.row(next) : nullptr;
-      f(kernels, p, first);
+      const int64_t next = p.begin + threads * part->columns;
+      p.next = next + part->columns <= weight.n ? weight.row(next) : nullptr;
+      f(kernels, p, part - parts, first);
     });
   }
 }
 
 }  // namespace
 
-void Linear(const float* x, int64_t rows, const Weight& weight, const float* bias, float* out,
-            Activations activations) {
-  ForPieces(x, rows, weight, bias, activations,
-            [&](const LinearKernels& kernels, Product& p, int64_t first) {
-              p.y = out + first * weight.n + p.begin;
-              p.y_stride = weight.n;
+void Linear(const float* x, int64_t rows, const LinearOperand* operands, int64_t num_operands,
+            float* const* outs, Activations activations) {
+  ForPieces(x, rows, operands, num_operands, activations,
+            [&](const LinearKernels& kernels, Product& p, int64_t i, int64_t first) {
+              p.y = outs[i] + first * p.weight->n + p.begin;
+              p.y_stride = p.weight->n;
               kernels.product(p);
             });
 }
 
-void LinearTop(const float* x, int64_t rows, const Weight& weight, const float* bias, int64_t top,
+void LinearTop(const float* x, int64_t rows, const LinearOperand& operand, int64_t top,
                float* values, int32_t* ids, Activations activations) {
   TopRows best(rows, top, values, ids);
-  ForPieces(x, rows, weight, bias, activations,
-            [&](const LinearKernels& kernels, Product& p, int64_t first) {
+  ForPieces(x, rows, &operand, 1, activations,
+            [&](const LinearKernels& kernels, Product& p, int64_t, int64_t first) {
               p.y_stride = p.end - p.begin;
               p.y = static_cast<float*>(ThreadScratch(p.rows * p.y_stride * sizeof(float)));
               kernels.product(p);

@@ -81,13 +81,21 @@ int64_t PieceColumns(int64_t n, int64_t column_bytes);
 // Rows to pack at once, a multiple of tile_rows, so that they take about `budget` floats.
 int64_t ChunkRows(int64_t rows, int64_t floats_per_row, int64_t budget, int tile_rows);
 
-// out [rows, weight.n] = x [rows, weight.k] @ weight^T + bias
-void Linear(const float* x, int64_t rows, const Weight& weight, const float* bias, float* out,
-            Activations activations);
+inline constexpr int64_t kMostOperands = 8;
+
+struct LinearOperand {
+  const Weight* weight;
+  const float* bias;  // or null
+};
+
+// outs[i] [rows, weight.n] = x [rows, weight.k] @ weight^T + bias for each operand, at most
+// kMostOperands of one inner size; either all weights are bfloat16 or none is.
+void Linear(const float* x, int64_t rows, const LinearOperand* operands, int64_t num_operands,
+            float* const* outs, Activations activations);
 
 // The `top` largest of each row of Linear()'s out, without ever having out: values and ids are
 // [rows, top], see top.h for their order. top is 1 to min(kMostTop, weight.n).
-void LinearTop(const float* x, int64_t rows, const Weight& weight, const float* bias, int64_t top,
+void LinearTop(const float* x, int64_t rows, const LinearOperand& operand, int64_t top,
                float* values, int32_t* ids, Activations activations);
 
 struct Expert {

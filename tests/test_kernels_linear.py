@@ -443,3 +443,37 @@ def test_wrong_arguments_are_named(
 ) -> None:
     with pytest.raises(error, match=match):
         call()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(0, 30),
+    depth=st.integers(1, 90),
+    columns=st.lists(st.integers(0, 90), min_size=1, max_size=10),
+    kinds=st.lists(st.sampled_from(KINDS), min_size=1, max_size=2),
+    threads=st.integers(1, 4),
+    seed=st.integers(0, 2**32),
+)
+def test_many_products_of_one_input_are_those_one_by_one(
+    rows: int, depth: int, columns: list[int], kinds: list[str], threads: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((rows, depth)).astype(np.float32)
+    weights = [make_weight(rng, n, depth, kinds[i % len(kinds)]) for i, n in enumerate(columns)]
+    biases = [
+        rng.standard_normal(n).astype(np.float32) if i % 2 else None for i, n in enumerate(columns)
+    ]
+    kernels.set_num_threads(threads)
+    for activations in ("float32", "bfloat16"):
+        got = kernels.linear_many(x, weights, biases, activations=activations)
+        for out, weight, bias in zip(got, weights, biases, strict=True):
+            assert same_bits(out, kernels.linear(x, weight, bias, activations=activations))
+
+
+def test_operands_of_different_length_are_named() -> None:
+    x = np.ones((2, 8), np.float32)
+    weights = [np.ones((3, 8), np.float32), np.ones((3, 9), np.float32)]
+    with pytest.raises(ValueError, match="x has shape"):
+        kernels.linear_many(x, weights, [None, None])
+    with pytest.raises(ValueError, match=r"biases\[1\] has shape"):
+        kernels.linear_many(x, [weights[0], weights[0]], [None, np.ones(4, np.float32)])

@@ -140,8 +140,18 @@ class Forward:
             v_scales=v_scales,
         )
         h = self.model.post_attention(weights, x, attention)
-        expert_ids, expert_weights = self.model.router(weights, h)
-        self._experts_of(layer, h, expert_ids, expert_weights, x)
+        if self.model.num_ffn_experts == 1:
+            self._dense_ffn(layer, h, x)
+        else:
+            expert_ids, expert_weights = self.model.router(weights, h)
+            self._experts_of(layer, h, expert_ids, expert_weights, x)
+
+    def _dense_ffn(self, layer: int, h: NDArray[np.float32], x: NDArray[np.float32]) -> None:
+        """Add the output of a layer's only expert to x: nothing to route or to gather."""
+        for ((_, t),) in self._experts.serve(layer, np.array([len(h)])):
+            kernels.expert_ffn(
+                h, t["gate"], t["up"], t["down"], x, activations=self.model.activations
+            )
 
     def _experts_of(
         self,

@@ -6,6 +6,13 @@ from numpy.typing import NDArray
 from specmoeoff.kernels.weights import F32, I32, U64, Array, Int8DotWeight, Weight
 
 def linear(x: F32, weight: Weight, bias: F32 | None, out: F32, bfloat16: bool = False) -> None: ...
+def linear_many(
+    x: F32,
+    weights: Sequence[Weight],
+    biases: Sequence[F32 | None],
+    outs: Sequence[F32],
+    bfloat16: bool = False,
+) -> None: ...
 def linear_top(
     x: F32,
     weight: Weight,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from specmoeoff.kernels.weights import F32, I32, U64, Activations, Array, Weight
 
 _BFLOAT16_TARGETS = ("avx512bf16",)
+_MOST_OPERANDS = 8
 _INT8_DOT_MOST_K = 1 << 17  # sums of 2^17 products of int8 fit 32 bits
 
 
@@ -42,6 +43,24 @@ def linear(
     else:
         _native.linear(x, weight, bias, out, bfloat16)
     return out
+
+
+def linear_many(
+    x: F32,
+    weights: Sequence[Weight],
+    biases: Sequence[F32 | None],
+    *,
+    activations: Activations = "float32",
+) -> list[F32]:
+    """Return ``linear`` of one x with several weights (Q, K and V, say), in one native call."""
+    bfloat16 = _is_bfloat16(activations)
+    dtypes = {weight.dtype if isinstance(weight, np.ndarray) else None for weight in weights}
+    if len(weights) > _MOST_OPERANDS or len(dtypes) > 1 or None in dtypes:
+        pairs = zip(weights, biases, strict=True)
+        return [linear(x, weight, bias, activations=activations) for weight, bias in pairs]
+    outs = [np.empty((x.shape[0], _shape(w, "weights")[0]), np.float32) for w in weights]
+    _native.linear_many(x, weights, biases, outs, bfloat16)
+    return outs
 
 
 def linear_top(

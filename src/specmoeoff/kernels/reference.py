@@ -122,6 +122,18 @@ def linear(
     return out
 
 
+def linear_many(
+    x: F32,
+    weights: Sequence[Weight],
+    biases: Sequence[F32 | None],
+    *,
+    activations: Activations = "float32",
+) -> list[F32]:
+    """Return ``linear`` of one x with several weights: x [T, K], weights [N, K] -> [T, N] each."""
+    pairs = zip(weights, biases, strict=True)
+    return [linear(x, weight, bias, activations=activations) for weight, bias in pairs]
+
+
 def linear_top(
     x: F32,
     weight: Weight,

@@ -85,16 +85,15 @@ class Llama:
         """Norm, project and rotate: x [T, hidden] -> q [T, H, D], k [T, G, D], v [T, G, D]."""
         config = self.config
         normed = kernels.rms_norm(x, weights["attn_norm"], config.rms_norm_eps)
-        q, k, v = (
-            self._linear(normed, weights[name], weights.get(f"{name}_bias")).reshape(
-                len(x), heads, config.head_dim
-            )
-            for name, heads in (
-                ("q", config.num_heads),
-                ("k", config.num_kv_heads),
-                ("v", config.num_kv_heads),
-            )
+        flat_q, flat_k, flat_v = kernels.linear_many(
+            normed,
+            [weights[name] for name in ("q", "k", "v")],
+            [weights.get(name) for name in ("q_bias", "k_bias", "v_bias")],
+            activations=self.activations,
         )
+        q = flat_q.reshape(len(x), config.num_heads, config.head_dim)
+        k = flat_k.reshape(len(x), config.num_kv_heads, config.head_dim)
+        v = flat_v.reshape(len(x), config.num_kv_heads, config.head_dim)
         kernels.rope(q, *rope)
         kernels.rope(k, *rope)
         return q, k, v

@@ -22,7 +22,8 @@ MAX_LINES = 300
 LONGER = {
     "cli/commands.py": (360, "one declaration per option of each command"),
     "engine/engine.py": (400, "the step is read from top to bottom in one place"),
-    "kernels/reference.py": (360, "the specification of every kernel, to be read in one go"),
+    "kernels/native.py": (420, "one thin function per kernel"),
+    "kernels/reference.py": (480, "the specification of every kernel, to be read in one go"),
     "llm.py": (440, "the public class: its methods and their docstrings belong together"),
     "offload/expert_store.py": (380, "choosing, fetching and dropping share the same few arrays"),
 }

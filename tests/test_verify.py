@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specmoeoff.errors import CheckpointError, InvalidInputError
 from specmoeoff.sampling import Distribution, SequenceSampler
 from specmoeoff.sampling_params import SamplingParams
-from specmoeoff.speculative.verify import judge, truncate_at_stop, verify_sequence
+from specmoeoff.speculative.verify import judge, truncate_at_stop, verify_best, verify_sequence
 
 VOCAB_SIZE = 5
 LENGTH = 3
@@ -394,3 +394,53 @@ def test_where_an_output_ends_does_not_depend_on_the_runs(
         return output, None, None
 
     assert collect(run_lengths) == collect([1] * 30)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    draft_lengths=st.lists(st.integers(0, 6), max_size=24),
+    agreement=st.floats(0, 1),
+    seed=st.integers(0, 2**32),
+)
+def test_the_best_tokens_alone_lead_to_the_same_verdicts(
+    draft_lengths: list[int], agreement: float, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    # The hidden states are the logits themselves; few values, so that some are equal.
+    hidden = [rng.integers(0, 4, (k + 1, VOCAB_SIZE)).astype(np.float32) for k in draft_lengths]
+    drafts = [
+        [
+            int(row.argmax()) if rng.random() < agreement else int(rng.integers(VOCAB_SIZE))
+            for row in rows[:-1]
+        ]
+        for rows in hidden
+    ]
+    params = SamplingParams(temperature=0.0, max_tokens=100)
+    samplers = [new_sampler(params) for _ in hidden]
+    asked = 0
+
+    def best(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        nonlocal asked
+        asked += len(rows)
+        return rows.max(axis=1), rows.argmax(axis=1).astype(np.int32)
+
+    verified = verify_best(hidden, drafts, samplers, best)
+    for rows, ids, sampler, got in zip(hidden, drafts, samplers, verified, strict=True):
+        other = new_sampler(params)
+        expected = verify_sequence(rows, ids, None, other)
+        assert got == expected
+        assert sampler.context.num_output_tokens == other.context.num_output_tokens
+    assert sum(len(v.token_ids) for v in verified) <= asked <= sum(map(len, hidden))
+
+
+def test_a_poisoned_best_logit_is_an_error() -> None:
+    def best(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return np.full(len(rows), np.nan, np.float32), np.zeros(len(rows), np.int32)
+
+    with pytest.raises(CheckpointError, match="no usable maximum"):
+        verify_best(
+            [np.zeros((1, 3), np.float32)],
+            [[]],
+            [new_sampler(SamplingParams(temperature=0.0))],
+            best,
+        )

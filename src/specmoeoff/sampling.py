@@ -259,18 +259,10 @@ class SequenceSampler:
 
     @property
     def takes_best(self) -> bool:
-        """Whether the largest logit is taken as it is and no other one is looked at.
-
-        Once true it remains so.
-        """
+        """Whether the largest logit decides and no other is looked at; once true it stays so."""
         params = self.params
-        is_long_enough = self.context.num_output_tokens >= params.min_tokens
-        return (
-            params.greedy
-            and not params.has_penalties
-            and params.logprobs is None
-            and is_long_enough
-        )
+        plain = params.greedy and not params.has_penalties and params.logprobs is None
+        return plain and self.context.num_output_tokens >= params.min_tokens
 
     def take_best(self, logit: float, token_id: int) -> int:
         """Choose the token of the largest logit of a row; for who ``takes_best``."""
@@ -300,8 +292,7 @@ class SequenceSampler:
     def draw(self, logits: F32) -> tuple[int, Distribution | None]:
         """Choose a draft token from the draft's row, [V], and say what it was drawn from.
 
-        The distribution is None if greedy; ``verify_sequence`` takes it. Drafters call this on a
-        fork, and observe the token there.
+        The distribution is None if greedy. Drafters call this on a fork, and observe there.
         """
         if self.greedy:
             return self.choose(logits), None

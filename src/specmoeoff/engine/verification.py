@@ -60,13 +60,14 @@ def verify_batch(
     results: list[Verification | None] = [None] * len(batch)
     judged = [i for i, rows in enumerate(parts) if len(rows)]
     best = [i for i in judged if takes_best(batch[i])]
-    if best:
-        logits, token_ids = target.best(np.concatenate([parts[i] for i in best]))
-        ends = np.cumsum([len(parts[i]) for i in best])
-        for i, stop in zip(best, ends.tolist(), strict=True):
-            own = slice(stop - len(parts[i]), stop)
-            sampler = batch[i].sequence.sampler
-            results[i] = verify_best(logits[own], token_ids[own], proposals[i].token_ids, sampler)
+    verified = verify_best(
+        [parts[i] for i in best],
+        [proposals[i].token_ids for i in best],
+        [batch[i].sequence.sampler for i in best],
+        target.best,
+    )
+    for i, verification in zip(best, verified, strict=True):
+        results[i] = verification
     others = [i for i in judged if i not in best]
     for start, stop in _groups([len(parts[i]) for i in others]):
         logits = target.logits(np.concatenate([parts[i] for i in others[start:stop]]))

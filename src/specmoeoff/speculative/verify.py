@@ -15,6 +15,7 @@ length depend on the tokens before. Knows nothing of KV caches or batches.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
 
     from specmoeoff.outputs import FinishReason, Logprob
     from specmoeoff.sampling_params import SamplingParams
+
+
+FEW_ROWS = 16
+"""So many rows of a product cost little more than one: the weights have to be read anyway."""
 
 
 @dataclass(frozen=True)
@@ -95,28 +100,47 @@ def verify_sequence(
 
 
 def verify_best(
-    logits: F32, token_ids: I32, draft_ids: Sequence[int], sampler: SequenceSampler
-) -> Verification:
-    """Do what verify_sequence does for a sampler that ``takes_best``, given the best tokens alone.
+    hidden: Sequence[F32],
+    draft_ids: Sequence[Sequence[int]],
+    samplers: Sequence[SequenceSampler],
+    best: Callable[[F32], tuple[F32, I32]],
+) -> list[Verification]:
+    """Do what verify_sequence does, for sequences that take the best token, without all logits.
+
+    Goes from left to right through all sequences at once. What lies behind a rejection is never
+    asked for, unless there are so few rows that asking later would cost more.
 
     Args:
-        logits: The largest logit after the last token and after each draft, [K + 1].
-        token_ids: The token that has it, [K + 1].
-        draft_ids: Proposed tokens, [K].
-        sampler: The sequence's sampler; it has observed the returned tokens afterwards.
+        hidden: Per sequence the hidden states after the last token and each draft, [K + 1, hidden].
+        draft_ids: Per sequence the proposed tokens, [K].
+        samplers: The sequences' samplers, for which ``takes_best`` holds; they have observed the
+            returned tokens afterwards.
+        best: Gives the largest logit and its token of each of several hidden states.
 
     Raises:
         CheckpointError: The logits are NaN or infinite.
     """
-    chosen: list[int] = []
-    for position, (logit, token_id) in enumerate(
-        zip(logits.tolist(), token_ids.tolist(), strict=True)
-    ):
-        chosen.append(sampler.take_best(logit, token_id))
-        sampler.observe(token_id)
-        if position < len(draft_ids) and token_id != draft_ids[position]:
-            break
-    return Verification(chosen, len(chosen) - 1)
+    chosen: list[list[int]] = [[] for _ in hidden]
+    live = list(range(len(hidden)))
+    while live:
+        depth = -(-FEW_ROWS // len(live))
+        asked = [hidden[i][len(chosen[i]) : len(chosen[i]) + depth] for i in live]
+        logits, token_ids = best(np.concatenate(asked))
+        answers = iter(zip(logits.tolist(), token_ids.tolist(), strict=True))
+        going = []
+        for i, rows in zip(live, asked, strict=True):
+            accepted = True
+            for logit, token_id in itertools.islice(answers, len(rows)):
+                if not accepted:
+                    continue
+                position = len(chosen[i])
+                chosen[i].append(samplers[i].take_best(logit, token_id))
+                samplers[i].observe(token_id)
+                accepted = list(draft_ids[i][position : position + 1]) == [token_id]
+            if accepted:
+                going.append(i)
+        live = going
+    return [Verification(token_ids, len(token_ids) - 1) for token_ids in chosen]
 
 
 def judge(

@@ -22,7 +22,7 @@ from harness.machine import machine
 from harness.measured_process import Limits
 from harness.peer_installation import LLAMA_CPP_PACKAGE, PACKAGES, PeerInstallation
 from harness.peer_result import PeerResult
-from harness.real_prompts import as_text, real_prompts
+from harness.real_prompts import as_text, equally_long, real_prompts
 from harness.table import number, table
 from harness.transformers_offload import run_transformers
 from specmoeoff.demo import cache_directory
@@ -135,7 +135,7 @@ def _run_transformers(
     return run_transformers(
         python,
         options.target,
-        prompts=_equally_long(prompts, options.prompt_tokens),
+        prompts=equally_long(prompts, options.prompt_tokens),
         max_tokens=options.max_tokens,
         num_threads=options.threads,
         memory=parse_memory_size(options.memory),
@@ -171,11 +171,6 @@ def _run_specmoeoff(
         note=full + accepted,
         details=run.as_dict(),
     )
-
-
-def _equally_long(prompts: list[list[int]], length: int) -> list[list[int]]:
-    """Repeat short prompts and cut them, so that they form a rectangle without a mask."""
-    return [(prompt * -(-length // len(prompt)))[:length] for prompt in prompts]
 
 
 def _report(options: argparse.Namespace, results: list[PeerResult]) -> None:

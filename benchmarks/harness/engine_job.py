@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.measured_process import Finished, Limits, drop_page_cache, run_measured
+from harness.measured_process import Finished, Limits, prepare_page_cache, run_measured
 
 _PROCESS = Path(__file__).with_name("engine_process.py")
 
@@ -28,6 +28,8 @@ class EngineJob:
     adaptive: bool = False
     ignore_eos: bool = True
     pause_every_s: float | None = None
+    warm_up: list[list[int]] = field(default_factory=list)
+    """Prompts run before the groups and not counted, so that the experts are in memory."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of ``LLM``."""
 
@@ -46,6 +48,7 @@ class EngineJob:
             "max_tokens": self.max_tokens,
             "ignore_eos": self.ignore_eos,
             "pause_every_s": self.pause_every_s,
+            "warm_up": self.warm_up,
             "speculative": speculative,
             "options": {"max_num_seqs": max(map(len, self.groups)), **self.options},
         }
@@ -102,12 +105,12 @@ class EngineRun:
 
 
 def run_engine(job: EngineJob, limits: Limits) -> tuple[EngineRun | None, Finished]:
-    """Run a job from a cold page cache.
+    """Run a job from a page cache as the limits say.
 
     Returns:
         The run, or None where ``Finished.failure`` says why there is none; and the process.
     """
-    drop_page_cache([job.model])
+    prepare_page_cache(limits, [job.model])
     process = run_measured(job.command(), limits)
     if process.failure is not None:
         return None, process

@@ -114,6 +114,8 @@ def main() -> None:
         params = SamplingParams(
             temperature=0.0, max_tokens=job["max_tokens"], ignore_eos=job["ignore_eos"]
         )
+        if job["warm_up"]:
+            _run(llm, job["warm_up"], params, Pauses(llm, None))
         pauses = Pauses(llm, job.get("pause_every_s"))
         totals = Totals()
         for group in job["groups"]:

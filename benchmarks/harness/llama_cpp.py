@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.measured_process import Finished, Limits, drop_page_cache, run_measured
+from harness.measured_process import Finished, Limits, prepare_page_cache, run_measured
 from harness.peer_result import PeerResult
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class LlamaCpp:
     def run_batch(
         self, batch: int, prompt_tokens: int, max_tokens: int, limits: Limits
     ) -> PeerResult:
-        """Run llama-batched-bench from a cold page cache: random tokens, equal lengths."""
+        """Run llama-batched-bench: random tokens, equal lengths."""
         lengths = ["-npp", prompt_tokens, "-ntg", max_tokens, "-npl", batch]
         context = batch * (prompt_tokens + max_tokens)
         process = self._run(
@@ -91,5 +91,5 @@ class LlamaCpp:
         command: list[object] = [self.tools / tool, "-m", self.model, "-c", context]
         command += ["-b", 2048, "-ub", 512, "-fa", "auto", "-fit", "off"]
         command += ["-t", self.num_threads, "-tb", self.num_threads, *arguments, *self.extra]
-        drop_page_cache([self.model])
+        prepare_page_cache(limits, [self.model])
         return run_measured([str(word) for word in command], limits)

@@ -19,7 +19,7 @@ from specmoeoff.memory_size import parse_memory_size
 if TYPE_CHECKING:
     import argparse
     import resource
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 BLOCK_BYTES = 512
 """What the kernel counts ``ru_inblock`` in: bytes that really came from the disk."""
@@ -34,6 +34,8 @@ class Limits:
     timeout_s: float
     realtime: bool = False
     """Run with SCHED_RR, so that a busy neighbour cannot hold up one thread of a barrier."""
+    cold_cache: bool = True
+    """Empty the page cache first; else the model's files are read into it."""
 
     @classmethod
     def from_options(cls, options: argparse.Namespace) -> Limits:
@@ -160,14 +162,30 @@ def _busy_seconds() -> float:
     return (user + nice + system + interrupts + soft) / os.sysconf("SC_CLK_TCK")
 
 
+def prepare_page_cache(limits: Limits, directories: Iterable[Path]) -> None:
+    """Empty the page cache, or fill it with the files in ``directories``, as the limits say."""
+    if limits.cold_cache:
+        drop_page_cache(directories)
+        return
+    block = bytearray(1 << 22)
+    for path in _files(directories):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(block):
+                pass
+
+
 def drop_page_cache(directories: Iterable[Path]) -> None:
     """Empty the page cache: all of it as root, else that of the files in ``directories``."""
     os.sync()
     with contextlib.suppress(OSError):
         Path("/proc/sys/vm/drop_caches").write_text("3")
         return
+    for path in _files(directories):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _files(directories: Iterable[Path]) -> Iterator[Path]:
     for directory in directories:
-        for path in [directory] if directory.is_file() else directory.iterdir():
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        paths = [directory] if directory.is_file() else directory.iterdir()
+        yield from (path for path in paths if path.is_file())

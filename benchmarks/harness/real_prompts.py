@@ -31,6 +31,11 @@ def real_prompts(model: Path, count: int, max_tokens: int | None = None) -> list
     return [_encode(tokenizer, text, max_tokens) for text in _texts(count)]
 
 
+def equally_long(prompts: list[list[int]], length: int) -> list[list[int]]:
+    """Repeat short prompts and cut long ones, so that all have ``length`` tokens."""
+    return [(prompt * -(-length // len(prompt)))[:length] for prompt in prompts]
+
+
 def as_text(model: Path, token_ids: list[int]) -> str:
     """Return a prompt as the text it came from, the template's special tokens included."""
     return _tokenizer(model).decode(token_ids, skip_special_tokens=False)

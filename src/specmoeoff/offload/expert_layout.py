@@ -32,10 +32,9 @@ class TensorView:
     dtype: np.dtype[np.generic]
     shape: tuple[int, ...]
 
-    def of(self, slot: NDArray[np.uint8]) -> NDArray[np.generic]:
-        """Return the tensor as a view of the slot's bytes (uint8)."""
-        size = int(np.prod(self.shape)) * self.dtype.itemsize
-        return slot[self.offset : self.offset + size].view(self.dtype).reshape(self.shape)
+    def of(self, memory: NDArray[np.uint8], slot_start: int = 0) -> NDArray[np.generic]:
+        """Return the tensor as a view of memory (uint8), in which its slot begins somewhere."""
+        return np.ndarray(self.shape, self.dtype, memory.data, slot_start + self.offset)
 
 
 @dataclass(frozen=True)

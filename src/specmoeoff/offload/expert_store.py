@@ -233,12 +233,22 @@ class ExpertStore:
             return
         ahead = (self._cursor + np.arange(self._window())) % self._total
         likely = ahead[(self._slot_of[ahead] < 0) & (self._wanted[ahead] >= self._threshold)]
-        for index in likely:
-            slot = self._take_slot(protect, nearer_than=float(self._next_use(index)))
-            if slot is None:
-                return
+        if not len(likely):
+            return
+        # Looked for once: what is fetched below is in flight, so it is no candidate anyway.
+        candidates = self._droppable(protect)
+        uses = self._next_use(candidates)
+        victims = iter(np.argsort(-uses, kind="stable").tolist())
+        for index, next_use in zip(likely.tolist(), self._next_use(likely).tolist(), strict=True):
+            if self._free:
+                slot = self._free.pop()
+            else:
+                victim = next(victims, None)
+                if victim is None or uses[victim] <= next_use:
+                    return
+                slot = self._release_slot(int(candidates[victim]))
             self._slot_of[index] = slot
-            self._submit(int(index), urgent=False)
+            self._submit(index, urgent=False)
 
     def _window(self) -> int:
         """Experts to look ahead: what the link can bring while nothing is consumed, and a few more.
@@ -288,18 +298,14 @@ class ExpertStore:
         index = np.arange(self._total + 1) * kept // self._total
         return np.where(np.diff(index) > 0, 0.0, 1.0)
 
-    def _take_slot(self, protect: Sequence[int], nearer_than: float | None = None) -> int | None:
-        """Return a free slot, or the one wanted last unless that is nearer; None if none."""
+    def _take_slot(self, protect: Sequence[int]) -> int | None:
+        """Return a free slot, or that of the expert wanted last; None if all are protected."""
         if self._free:
             return self._free.pop()
         candidates = self._droppable(protect)
         if len(candidates):
-            next_use = self._next_use(candidates)
-            worst = int(np.argmax(next_use))
-            if nearer_than is not None and next_use[worst] <= nearer_than:
-                return None
-            return self._release_slot(int(candidates[worst]))
-        return None if nearer_than is not None else self._drop_in_flight(protect)
+            return self._release_slot(int(candidates[int(np.argmax(self._next_use(candidates)))]))
+        return self._drop_in_flight(protect)
 
     def _droppable(self, protect: Sequence[int] = ()) -> NDArray[np.int64]:
         droppable = self._slot_of >= 0
@@ -358,6 +364,6 @@ class ExpertStore:
         self._per_token[span] += forget * (counts / num_tokens - self._per_token[span])
 
     def _tensors(self, index: int) -> Tensors:
-        base = int(self._slot_of[index]) * self.slot_bytes
-        slot = self._arena.bytes[base : base + self.slot_bytes]
-        return {name: view.of(slot) for name, view in self._layouts[index].tensors.items()}
+        start = int(self._slot_of[index]) * self.slot_bytes
+        views = self._layouts[index].tensors.items()
+        return {name: view.of(self._arena.bytes, start) for name, view in views}

@@ -35,8 +35,6 @@ struct Span {
   int64_t begin;  // index of its first piece
 };
 
-void Done(int64_t* counter) { __atomic_fetch_add(counter, 1, __ATOMIC_ACQ_REL); }
-
 class ExpertRun {
  public:
   ExpertRun(const float* x, const Expert* experts, int64_t num_experts, const int32_t* offsets,
@@ -133,7 +131,7 @@ class ExpertRun {
     const float* x = rows_ ? x_ : x_ + unit.first * width_;
     unit.kernels->pack(x, width_, rows_ ? rows_ + unit.first : nullptr, unit.count, begin,
                        std::min(tiles, begin + kPackTiles), packed_[u % 2]);
-    Done(&unit.packed);
+    CountDone(&unit.packed);
   }
 
   void HiddenPiece(int64_t u, int64_t piece) {
@@ -151,7 +149,7 @@ class ExpertRun {
     p.next = following;
     unit.kernels->product(p);
     unit.kernels->swiglu(gate, p.y, p.y_stride, unit.count, p.begin, p.end, inner_, hidden_[u % 2]);
-    Done(&unit.hidden);
+    CountDone(&unit.hidden);
   }
 
   void DownPiece(int64_t u, int64_t piece) {
@@ -167,7 +165,7 @@ class ExpertRun {
       const float weight = row_weights_ ? row_weights_[entry] : 1.0f;
       unit.kernels->accumulate(p.y + i * p.y_stride, weight, p.end - p.begin, out);
     }
-    Done(&unit.down);
+    CountDone(&unit.down);
   }
 
   // The product of one piece's columns, into this thread's scratch (room for two results).

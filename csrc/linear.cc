@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kPieceBytes = 128 << 10;  // weights per piece: long enough to hide its start
 constexpr int64_t kPackedFloats = 512 << 10;
 constexpr int64_t kLeastChunk = 48;        // rows below which weights would be read too often
-constexpr int64_t kInlinePack = 64 << 10;  // floats that are not worth waking a thread for
+constexpr int64_t kPackFloats = 16 << 10;  // packed per piece; less is not worth sharing
 
 }  // namespace
 
@@ -28,9 +28,16 @@ const LinearKernels& CurrentLinear(Activations activations, bool bfloat16_weight
 }
 
 int64_t PieceColumns(int64_t n, int64_t column_bytes) {
+  const int64_t threads = NumThreads();
   const int64_t by_bytes = RoundUp(kPieceBytes / std::max<int64_t>(column_bytes, 1), kColumnUnit);
-  const int64_t by_threads = n / (4 * NumThreads()) / kColumnUnit * kColumnUnit;
-  return std::max(kColumnUnit, std::min(by_bytes, by_threads));
+  const int64_t by_threads = n / (4 * threads) / kColumnUnit * kColumnUnit;
+  const int64_t most = std::max(kColumnUnit, std::min(by_bytes, by_threads));
+  // As many pieces for each thread, if somewhat smaller ones allow it: 9 pieces take two threads
+  // as long as 10.
+  for (int64_t columns = most; 2 * columns > most; columns -= kColumnUnit) {
+    if ((n + columns - 1) / columns % threads == 0) return columns;
+  }
+  return most;
 }
 
 int64_t ChunkRows(int64_t rows, int64_t floats_per_row, int64_t budget, int tile_rows) {
@@ -71,16 +78,18 @@ void ForPieces(const float* x, int64_t rows, const LinearOperand* operands, int6
   void* packed = CallScratch(std::min(chunk, rows) * depth * sizeof(float));
   for (int64_t first = 0; first < rows; first += chunk) {
     const int64_t count = std::min(chunk, rows - first);
-    const float* xs = x + first * k;
     const int64_t tiles = (count + kernels.tile_rows - 1) / kernels.tile_rows;
-    if (count * k <= kInlinePack) {
-      kernels.pack(xs, k, nullptr, count, 0, tiles, packed);
-    } else {
-      ParallelFor(tiles, [&](int64_t tile) {
-        kernels.pack(xs, k, nullptr, count, tile, tile + 1, packed);
-      });
-    }
-    ParallelFor(num_pieces, [&](int64_t piece) {
+    const int64_t tiles_at_once = std::max<int64_t>(1, kPackFloats / (kernels.tile_rows * depth));
+    const int64_t pack_pieces = (tiles + tiles_at_once - 1) / tiles_at_once;
+    int64_t pieces_packed = 0;
+    const auto pack = [&](int64_t piece) {
+      const int64_t begin = piece * tiles_at_once;
+      kernels.pack(x + first * k, k, nullptr, count, begin, std::min(tiles, begin + tiles_at_once),
+                   packed);
+      CountDone(&pieces_packed);
+    };
+    const auto multiply = [&](int64_t piece) {
+      WaitUntilAtLeast(&pieces_packed, pack_pieces);
       const Part* part = parts;
       for (; piece >= part->pieces; ++part) piece -= part->pieces;
       const Weight& weight = *part->operand->weight;
@@ -95,6 +104,11 @@ void ForPieces(const float* x, int64_t rows, const LinearOperand* operands, int6
       const int64_t next = p.begin + threads * part->columns;
       p.next = next + part->columns <= weight.n ? weight.row(next) : nullptr;
       f(kernels, p, part - parts, first);
+    };
+    if (pack_pieces == 1) pack(0);
+    const int64_t first_product = pack_pieces == 1 ? 0 : pack_pieces;
+    ParallelFor(first_product + num_pieces, [&](int64_t piece) {
+      piece < first_product ? pack(piece) : multiply(piece - first_product);
     });
   }
 }

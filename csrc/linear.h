@@ -5,8 +5,8 @@
 // a result depends on its row and its weights alone: not on other rows, threads, tiles or CPU
 // target.
 //
-// Activations are packed first: tiles of `tile_rows` rows (the last tile may be lower), each tile
-// [k / 16][rows of the tile][16], zeros after k. One pointer walks a tile, whatever the rows'
+// Activations are packed first: tiles of at most `tile_rows` rows, heights as equal as can be, each
+// tile [k / 16][rows of the tile][16], zeros after k. One pointer walks a tile, whatever the rows'
 // stride.
 //
 // Activations may be rounded to bfloat16 as they are packed. They stay float32 and the order is the
@@ -73,7 +73,8 @@ enum class Activations { kFloat32, kBfloat16 };
 // The kernels that run now. `bfloat16_weights`: whether all weights they will see are bfloat16.
 const LinearKernels& CurrentLinear(Activations activations, bool bfloat16_weights);
 
-// Columns per piece of work, a multiple of kColumnUnit, for n columns of so many weight bytes each.
+// Columns per piece of work, a multiple of kColumnUnit, for n columns of so many weight bytes each;
+// where that is possible, so that each thread gets as many pieces.
 int64_t PieceColumns(int64_t n, int64_t column_bytes);
 
 // Packed activations take at most four bytes for each of RoundUp(k, 16) elements, in any form.

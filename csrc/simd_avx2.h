@@ -159,13 +159,6 @@ SPECMOEOFF_INLINE float ReduceMax(Vec v) {
   const __m128 c = _mm_max_ps(b, _mm_movehl_ps(b, b));
   return _mm_cvtss_f32(_mm_max_ss(c, _mm_shuffle_ps(c, c, 1)));
 }
-// sums[0..3] = ReduceAdd of a, b, c, d.
-SPECMOEOFF_INLINE void ReduceAdd4(Vec a, Vec b, Vec c, Vec d, float* sums) {
-  sums[0] = ReduceAdd(a);
-  sums[1] = ReduceAdd(b);
-  sums[2] = ReduceAdd(c);
-  sums[3] = ReduceAdd(d);
-}
 
 }  // namespace avx2
 }  // namespace specmoeoff

@@ -38,13 +38,17 @@ SPECMOEOFF_INLINE Vec Round(Vec a) {
   return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
+// The 16 words into the upper halves of the lanes, zeros below: one shuffle widens and shifts.
+SPECMOEOFF_INLINE Vec WidenBf16(__m256i bits) {
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(
+      0xaaaaaaaau, _mm512_slli_epi32(lane, 16), _mm512_castsi256_si512(bits)));
+}
 SPECMOEOFF_INLINE Vec LoadBf16(const uint16_t* p) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  return WidenBf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 SPECMOEOFF_INLINE Vec LoadPartialBf16(const uint16_t* p, int count) {
-  const __m256i bits = _mm256_maskz_loadu_epi16(FirstLanes(count), p);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  return WidenBf16(_mm256_maskz_loadu_epi16(FirstLanes(count), p));
 }
 SPECMOEOFF_INLINE Vec LoadF16(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -112,15 +116,36 @@ SPECMOEOFF_INLINE float ReduceMax(Vec v) {
   return _mm_cvtss_f32(_mm_max_ss(c, _mm_shuffle_ps(c, c, 1)));
 }
 
-// sums[0..3] = ReduceAdd of a, b, c, d, together cheaper than one by one.
-SPECMOEOFF_INLINE void ReduceAdd4(Vec a, Vec b, Vec c, Vec d, float* sums) {
-  const Vec ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
-  const Vec cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
-  Vec s = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
-  s = _mm512_add_ps(s, _mm512_permute_ps(s, 0x4e));
-  s = _mm512_add_ps(s, _mm512_permute_ps(s, 0xb1));
-  const __m512i first = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0);
-  _mm_storeu_ps(sums, _mm512_castps512_ps128(_mm512_permutexvar_ps(first, s)));
+// Steps of ReduceAdd for two vectors at once: every lane gets its own vector's lane so many
+// further. Since additions commute one shuffle does for both; a's sums and b's then alternate.
+SPECMOEOFF_INLINE Vec Fold8(Vec a, Vec b) {
+  return _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a, b), _mm512_shuffle_f32x4(a, b, 0x4e));
+}
+SPECMOEOFF_INLINE Vec Fold4(Vec a, Vec b) {
+  const Vec others = _mm512_mask_blend_ps(0xf0f0, b, a);
+  return _mm512_add_ps(_mm512_mask_blend_ps(0xf0f0, a, b),
+                       _mm512_shuffle_f32x4(others, others, 0xb1));
+}
+SPECMOEOFF_INLINE Vec Fold2(Vec a, Vec b) {
+  return _mm512_add_ps(_mm512_mask_blend_ps(0xcccc, a, b), _mm512_shuffle_ps(a, b, 0x4e));
+}
+SPECMOEOFF_INLINE Vec Fold1(Vec a, Vec b) {
+  const Vec others = _mm512_mask_blend_ps(0xaaaa, b, a);
+  return _mm512_add_ps(_mm512_mask_blend_ps(0xaaaa, a, b), _mm512_permute_ps(others, 0xb1));
+}
+
+// sums[i] = ReduceAdd(v[i]) for i in [0, 4 kRows), kRows 1 to 4: half the shuffles.
+template <int kRows>
+SPECMOEOFF_INLINE void ReduceAddFours(const Vec* v, float* sums) {
+  Vec four[kRows];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) {
+    four[r] = Fold4(Fold8(v[4 * r], v[4 * r + 1]), Fold8(v[4 * r + 2], v[4 * r + 3]));
+  }
+  const Vec low = Fold2(four[0], four[kRows > 1 ? 1 : 0]);
+  const Vec high = kRows > 2 ? Fold2(four[kRows > 2 ? 2 : 0], four[kRows - 1]) : low;
+  const __m512i order = _mm512_set_epi32(15, 7, 11, 3, 13, 5, 9, 1, 14, 6, 10, 2, 12, 4, 8, 0);
+  StorePartial(sums, _mm512_permutexvar_ps(order, Fold1(low, high)), 4 * kRows);
 }
 
 }  // namespace avx512

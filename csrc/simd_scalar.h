@@ -147,13 +147,6 @@ SPECMOEOFF_INLINE float ReduceMax(Vec v) {
   }
   return v.lane[0];
 }
-// sums[0..3] = ReduceAdd of a, b, c, d.
-SPECMOEOFF_INLINE void ReduceAdd4(Vec a, Vec b, Vec c, Vec d, float* sums) {
-  sums[0] = ReduceAdd(a);
-  sums[1] = ReduceAdd(b);
-  sums[2] = ReduceAdd(c);
-  sums[3] = ReduceAdd(d);
-}
 
 #undef SPECMOEOFF_LANES
 

@@ -35,6 +35,9 @@ void ParallelFor(int64_t count, F&& f) {
       static_cast<void*>(&f));
 }
 
+// Adds one to a counter that WaitUntilAtLeast() looks at.
+inline void CountDone(int64_t* done) { __atomic_fetch_add(done, 1, __ATOMIC_ACQ_REL); }
+
 // Waits until `*done >= wanted`: spins shortly, then yields, then sleeps in small steps.
 void WaitUntilAtLeast(const int64_t* done, int64_t wanted);
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import statistics
 from collections import defaultdict
@@ -26,11 +25,11 @@ from typing import TYPE_CHECKING
 from harness.busy_neighbour import busy_neighbour
 from harness.engine_job import EngineJob, run_engine
 from harness.llama_cpp import LlamaCpp, ensure_gguf
-from harness.machine import machine
 from harness.measured_process import Limits
 from harness.peer_installation import LLAMA_CPP_PACKAGE, PeerInstallation
 from harness.peer_result import PeerResult
 from harness.real_prompts import equally_long, real_prompts
+from harness.record import add_json_option, finish
 from harness.table import number, table
 from specmoeoff.config import DTYPES
 from specmoeoff.demo import cache_directory
@@ -97,7 +96,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one run")
     parser.add_argument("--peers-dir", type=Path, default=cache_directory() / "peers")
     parser.add_argument("--jobs", type=int, default=2, help="compilers that build llama.cpp")
-    parser.add_argument("--json", type=Path, help="also write the record to this file")
+    add_json_option(parser)
     return parser.parse_args()
 
 
@@ -206,9 +205,7 @@ def _report(options: argparse.Namespace, runs: dict[Key, list[PeerResult]]) -> N
         f"goals: decode as listed, prefill {PREFILL_GOAL} x llama.cpp, "
         f"{BUSY_GOAL} of quiet with a busy neighbour"
     )
-    record = {
-        "benchmark": "in_ram",
-        "machine": machine(),
+    fields = {
         "versions": [LLAMA_CPP_PACKAGE],
         "options": {key: str(value) for key, value in vars(options).items()},
         "medians": summary,
@@ -218,9 +215,7 @@ def _report(options: argparse.Namespace, runs: dict[Key, list[PeerResult]]) -> N
             for result in results
         ],
     }
-    if options.json:
-        options.json.write_text(json.dumps(record) + "\n")
-    print(json.dumps(record))
+    finish("in_ram", options.json, fields)
 
 
 if __name__ == "__main__":

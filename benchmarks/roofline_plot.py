@@ -5,7 +5,7 @@ logarithmic. The slope is the read bandwidth, a band from the lowest to the high
 a case, with the median as a line; the flat part is the multiply-add rate. Needs matplotlib, the
 extra ``plots``.
 
-    python benchmarks/roofline_plot.py build/bench/*.json --output docs/img
+    python benchmarks/roofline_plot.py build/bench/linear.json --output docs/img
 """
 
 from __future__ import annotations

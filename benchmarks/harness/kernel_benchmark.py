@@ -10,15 +10,13 @@ measured just before and after every case, because the bandwidth of a shared mac
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from harness.layer_shapes import SHAPES
-from harness.machine import machine
+from harness.record import add_json_option, finish
 from harness.table import number
 from harness.turns import best_seconds
 from roofs import RoofMeter, Roofs
@@ -154,7 +152,7 @@ def kernel_benchmark(
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--seconds", type=float, default=0.2, help="per contender and case")
-    parser.add_argument("--json", type=Path, help="also write the record to this file")
+    add_json_option(parser)
     options = parser.parse_args(argv)
     if options.quick:
         options.shapes, options.rows, options.seconds = list(SHAPES)[:2], (1, 4, 16, 64), 0.05
@@ -171,15 +169,8 @@ def kernel_benchmark(
             print(case.line(), flush=True)
             cases.append(case)
     print(_missed(cases))
-    record = {
-        "benchmark": name,
-        "machine": machine(),
-        "roofs": roofs.as_dict(),
-        "results": [case.as_dict() for case in cases],
-    }
-    if options.json:
-        options.json.write_text(json.dumps(record) + "\n")
-    print(json.dumps(record))
+    results = [case.as_dict() for case in cases]
+    finish(name, options.json, {"roofs": roofs.as_dict(), "results": results})
 
 
 def _measure(shape: str, workload: Workload, rows: int, seconds: float, meter: RoofMeter) -> Case:

@@ -1,8 +1,9 @@
 """Installs the peers from their packages, once, into a directory of their own.
 
-A virtual environment for Transformers, accelerate and gguf; llama.cpp from the sources that the
-source package of llama-cpp-python carries, configured for this CPU, two tools built. Nothing of
-the project's own environment changes.
+A virtual environment for Transformers, accelerate and gguf, and one for kt-kernel; llama.cpp from
+the sources that the source package of llama-cpp-python carries, configured for this CPU, two tools
+built, and a small program that times its products. Nothing of the project's own environment
+changes.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ PACKAGES = (
     "gguf==0.19.0",
     "numpy>=1.26",
 )
+KT_KERNEL_PACKAGE = "kt-kernel==0.7.2"
+"""Installed without what it asks for: an older torch and triton, which its kernels do not use."""
+KT_KERNEL_NEEDS = ("torch==2.13.0", "gguf==0.19.0", "safetensors>=0.4", "numpy>=1.26")
+GGML_PEER = Path(__file__).with_name("ggml_peer.cc")
 LLAMA_CPP_PACKAGE = "llama-cpp-python==0.3.36"
 LLAMA_TOOLS = ("llama-batched-bench", "llama-completion")
 LLAMA_CPP_OPTIONS = (
@@ -54,15 +59,25 @@ class PeerInstallation:
 
     def ensure_python(self) -> Path:
         """Return the interpreter of the peers' environment."""
-        environment = self.directory / "venv"
+        return self._ensure_environment("venv", [PACKAGES])
+
+    def ensure_kt_kernel(self) -> Path:
+        """Return the interpreter of kt-kernel's environment."""
+        alone = ("--no-deps", KT_KERNEL_PACKAGE)
+        return self._ensure_environment("venv-kt-kernel", [KT_KERNEL_NEEDS, alone])
+
+    def _ensure_environment(self, name: str, steps: Sequence[Sequence[str]]) -> Path:
+        """Return the interpreter of an environment; each step is the arguments of a pip install."""
+        environment = self.directory / name
         python = environment / "bin" / "python"
         marker = environment / "installed.txt"
-        wanted = "\n".join(PACKAGES) + "\n"
+        wanted = "\n".join(word for step in steps for word in step) + "\n"
         if marker.is_file() and marker.read_text() == wanted:
             return python
-        _say(f"installing {', '.join(PACKAGES)} in {environment}")
+        _say(f"installing {', '.join(word for step in steps for word in step)} in {environment}")
         venv.create(environment, with_pip=True, clear=True)
-        _run([python, "-m", "pip", "install", "--quiet", *PACKAGES])
+        for step in steps:
+            _run([python, "-m", "pip", "install", "--quiet", *step])
         marker.write_text(wanted)
         return python
 
@@ -81,6 +96,19 @@ class PeerInstallation:
         _run([cmake, "-S", source, "-B", build, *generator, *LLAMA_CPP_OPTIONS])
         _run([cmake, "--build", build, "-j", self.num_jobs, "--target", *LLAMA_TOOLS])
         return tools
+
+    def ensure_ggml_peer(self) -> Path:
+        """Return the program of ggml_peer.cc, linked with llama.cpp's libraries."""
+        self.ensure_llama_cpp()
+        program = self.directory / "build" / "ggml-peer"
+        if program.is_file() and program.stat().st_mtime > GGML_PEER.stat().st_mtime:
+            return program
+        include = self._llama_cpp_source() / "ggml" / "include"
+        libraries = self.directory / "build" / "llama.cpp" / "ggml" / "src"
+        archives = [libraries / f"lib{name}.a" for name in ("ggml-cpu", "ggml-base")]
+        compiler = [os.environ.get("CXX", "c++"), "-std=c++17", "-O2", "-fopenmp"]
+        _run([*compiler, "-I", include, GGML_PEER, *archives, "-ldl", "-lpthread", "-o", program])
+        return program
 
     def _llama_cpp_source(self) -> Path:
         directory = self.directory / "src"

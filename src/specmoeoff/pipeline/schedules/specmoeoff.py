@@ -28,7 +28,7 @@ def build(shape: StepShape, held: tuple[Held, ...] = ()) -> Plan:
     """Return the plan of a step that finds ``held`` in the ring."""
     writer = PlanWriter("specmoeoff", shape)
     waves = _waves(len(shape.micro_batches), shape.waves)
-    belt = Belt(writer, _split(shape, len(waves)), held)
+    belt = Belt(writer, _split(shape), held)
     last_layer = shape.config.num_layers - 1
     attended = [{m: _attention(writer, 0, m, [writer.embed(m)]) for m in batch} for batch in waves]
     for layer in range(shape.config.num_layers):
@@ -49,11 +49,14 @@ def build(shape: StepShape, held: tuple[Held, ...] = ()) -> Plan:
     return writer.finish(belt.held, belt.run_on())
 
 
-def _split(shape: StepShape, num_waves: int) -> Split:
-    """Choose the ring: a layer and a little more; two layers if waves hold one while it is used."""
+def _split(shape: StepShape) -> Split:
+    """Choose the ring: a layer and a little more; two layers if waves hold one while it is used.
+
+    It must not depend on the micro-batches: what stays, stays from step to step.
+    """
     if shape.ring_slots is not None:
         return split(shape, 0.0, shape.ring_slots)
-    return split(shape, 1.0, SPARE_SLOTS) if num_waves == 1 else split(shape, 2.0)
+    return split(shape, 1.0, SPARE_SLOTS) if shape.waves == 1 else split(shape, 2.0)
 
 
 def _attention(writer: PlanWriter, layer: int, m: int, after: list[int]) -> int:

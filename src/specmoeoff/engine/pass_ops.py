@@ -1,0 +1,337 @@
+"""What the ops of a plan do to a pass: each is one piece of ``Forward``'s maths, for its rows.
+
+Tokens of all micro-batches form one block of rows [T], each micro-batch a run of them; a row's
+result depends on its own sequence alone, so the cut changes nothing. With a link, what one side
+computes reaches the other only through the ops that copy: host and device share no array but the
+weights that stay.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from specmoeoff import kernels
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Callable, Sequence
+
+    from specmoeoff.engine.forward import Span
+    from specmoeoff.engine.weights import ModelWeights
+    from specmoeoff.models.base import Model, RopeTables
+    from specmoeoff.offload.kv_cache import KvCache
+    from specmoeoff.offload.planned_experts import PlannedExperts
+    from specmoeoff.pipeline.plan import Op
+
+F32 = NDArray[np.float32]
+I32 = NDArray[np.int32]
+Known = TypeVar("Known")
+
+
+@dataclass
+class Slice:
+    """One micro-batch in a pass."""
+
+    rows: slice
+    token_ids: I32
+    rope: RopeTables
+    slots: I32
+    page_table: I32
+    q_offsets: I32
+    kv_lens: I32
+    output_rows: NDArray[np.int64]
+    """Which of its rows are wanted in the end."""
+    qkv: tuple[F32, F32, F32] | None = None
+    host_qkv: tuple[F32, F32, F32] | None = None
+    past: dict[int, Past] = field(default_factory=dict)
+    """By layer: the next layer's may arrive before this one's was used."""
+    attended: F32 | None = None
+    host_hidden: F32 | None = None
+    outputs: F32 | None = None
+
+
+@dataclass
+class Past:
+    """Keys and values of a micro-batch in one layer, copied out of the KV cache."""
+
+    k: NDArray[np.generic]
+    v: NDArray[np.generic]
+    k_scales: F32 | None
+    v_scales: F32 | None
+    slots: I32
+    page_table: I32
+
+
+@dataclass
+class Routed:
+    """Rows of some micro-batches sorted by expert."""
+
+    rows: slice
+    order: I32
+    weights: F32
+    counts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+
+
+@dataclass
+class PassOps:
+    """The state of one pass and the ops on it."""
+
+    model: Model
+    weights: ModelWeights
+    kv: KvCache
+    experts: PlannedExperts
+    slices: list[Slice]
+    has_link: bool
+    on_outputs: Callable[[int, F32], None] | None = None
+    """Told of each micro-batch's hidden states [R, hidden] once they are final."""
+    x: F32 = field(init=False)
+    """The residual stream, [T, hidden]."""
+
+    def __post_init__(self) -> None:
+        shape = (self.slices[-1].rows.stop, self.model.config.hidden_size)
+        top_k = max(self.model.config.num_experts_per_tok, 1)
+        self.x = np.empty(shape, np.float32)
+        self._h = np.empty(shape, np.float32)
+        self._expert_ids = np.empty((shape[0], top_k), np.int32)
+        self._expert_weights = np.empty((shape[0], top_k), np.float32)
+        self._routed: dict[tuple[int, ...], tuple[int, Routed]] = {}
+
+    def perform(self, op: Op, stop: threading.Event) -> None:
+        """Do what an op says; ops end by themselves soon, so ``stop`` is not asked."""
+        _OPS[op.kind](self, op)
+
+    def outputs(self) -> F32:
+        """Return the hidden states of the wanted rows, [R, hidden]."""
+        return np.concatenate([s.outputs for s in self.slices if s.outputs is not None])
+
+    # -- weights -----------------------------------------------------------------------------------
+
+    def _read(self, op: Op) -> None:
+        self.experts.read((_layer(op), op.experts[0]), op.acquires[0])
+
+    def _load(self, op: Op) -> None:
+        self.experts.load((_layer(op), op.experts[0]), op.acquires[0])
+
+    # -- a micro-batch -----------------------------------------------------------------------------
+
+    def _embed(self, op: Op) -> None:
+        part = self._slice(op)
+        self.x[part.rows] = self.model.embed(self.weights.globals, part.token_ids)
+
+    def _pre_attention(self, op: Op) -> None:
+        part = self._slice(op)
+        weights = self.weights.layers[_layer(op)]
+        part.qkv = self.model.pre_attention(weights, self.x[part.rows], part.rope)
+
+    def _qkv_out(self, op: Op) -> None:
+        part = self._slice(op)
+        q, k, v = _known(part.qkv)
+        part.host_qkv = (q.copy(), k.copy(), v.copy())
+
+    def _store_kv(self, op: Op) -> None:
+        part = self._slice(op)
+        _, k, v = self._qkv_on(op, part)
+        kernels.append_kv(k, v, *self._pages(op)[:2], part.slots, *self.kv.scales(_layer(op)))
+
+    def _kv_in(self, op: Op) -> None:
+        part = self._slice(op)
+        width = part.page_table.shape[1]
+        # Every page in the order of the table, so that page p of the copy is entry p of it.
+        pages = part.page_table.reshape(-1)
+        size = self.kv.page_size
+        sequence = np.repeat(np.arange(len(part.kv_lens)), np.diff(part.q_offsets))
+        first = part.kv_lens[sequence] - np.diff(part.q_offsets)[sequence]
+        position = first + np.arange(len(part.slots)) - part.q_offsets[sequence]
+        entry = sequence * width + position // size
+        part.past[_layer(op)] = Past(
+            *self._copied(op, pages),
+            (entry * size + position % size).astype(np.int32),
+            np.arange(len(pages), dtype=np.int32).reshape(part.page_table.shape),
+        )
+
+    def _attend(self, op: Op) -> None:
+        part = self._slice(op)
+        q, k, v = self._qkv_on(op, part)
+        k_pages, v_pages, k_scales, v_scales = self._pages(op)
+        table = part.page_table
+        past = part.past.pop(_layer(op), None)
+        if past is not None:
+            k_pages, v_pages, k_scales, v_scales = past.k, past.v, past.k_scales, past.v_scales
+            table = past.page_table
+            kernels.append_kv(k, v, k_pages, v_pages, past.slots, k_scales, v_scales)
+        config = self.model.config
+        part.attended = kernels.chunked_attention(
+            q,
+            k_pages,
+            v_pages,
+            table,
+            part.q_offsets,
+            part.kv_lens,
+            config.head_dim**-0.5,
+            sliding_window=config.sliding_window or 0,
+            k_scales=k_scales,
+            v_scales=v_scales,
+        )
+
+    def _attention_in(self, op: Op) -> None:
+        part = self._slice(op)
+        part.attended = _known(part.attended).copy()
+
+    def _post_attention(self, op: Op) -> None:
+        part = self._slice(op)
+        weights, rows = self.weights.layers[_layer(op)], part.rows
+        h = self.model.post_attention(weights, self.x[rows], _known(part.attended))
+        self._expert_ids[rows], self._expert_weights[rows] = self.model.router(weights, h)
+        self._h[rows] = h
+        part.attended = None
+
+    def _hidden_out(self, op: Op) -> None:
+        part = self._slice(op)
+        part.host_hidden = self.x[part.rows].copy()
+        # The place may be another's now: whoever reads it without bringing it back must notice.
+        self.x[part.rows] = np.nan
+
+    def _hidden_in(self, op: Op) -> None:
+        part = self._slice(op)
+        self.x[part.rows] = _known(part.host_hidden)
+
+    def _head(self, op: Op) -> None:
+        part = self._slice(op)
+        part.outputs = self.x[part.rows][part.output_rows]
+        if self.on_outputs is not None:
+            self.on_outputs(op.micro_batches[0], part.outputs)
+
+    # -- experts -----------------------------------------------------------------------------------
+
+    def _run_experts(self, op: Op) -> None:
+        """Add what some experts make of the rows routed to them, in rising order of the experts."""
+        routed = self._route(op)
+        wanted = [e for e in op.experts if routed.counts[e]]
+        if not wanted:
+            return
+        start = int(routed.ends[wanted[0]] - routed.counts[wanted[0]])
+        stops = [int(routed.ends[e]) for e in wanted]
+        tensors = [self.experts.tensors((_layer(op), e)) for e in wanted]
+        kernels.expert_ffn_many(
+            self._h[routed.rows],
+            [(t["gate"], t["up"], t["down"]) for t in tensors],
+            np.array([0, *(stop - start for stop in stops)], np.int32),
+            routed.order[start : stops[-1]],
+            routed.weights[start : stops[-1]],
+            self.x[routed.rows],
+            activations=self.model.activations,
+        )
+
+    def _route(self, op: Op) -> Routed:
+        """Return the rows of the op's micro-batches by expert; sorted once a layer."""
+        known = self._routed.get(op.micro_batches)
+        if known is not None and known[0] == op.layer:
+            return known[1]
+        first, last = self.slices[op.micro_batches[0]], self.slices[op.micro_batches[-1]]
+        rows = slice(first.rows.start, last.rows.stop)
+        flat = self._expert_ids[rows].reshape(-1)
+        order = np.argsort(flat, kind="stable")
+        counts = np.bincount(flat, minlength=self.model.num_ffn_experts)
+        routed = Routed(
+            rows,
+            (order // self._expert_ids.shape[1]).astype(np.int32),
+            self._expert_weights[rows].reshape(-1)[order],
+            counts,
+            np.cumsum(counts),
+        )
+        self._routed[op.micro_batches] = (_layer(op), routed)
+        return routed
+
+    # -- where things are --------------------------------------------------------------------------
+
+    def _slice(self, op: Op) -> Slice:
+        return self.slices[op.micro_batches[0]]
+
+    def _qkv_on(self, op: Op, part: Slice) -> tuple[F32, F32, F32]:
+        """Return queries, keys and values on the op's side of the link."""
+        return _known(part.host_qkv if self.has_link and op.lane == "cpu" else part.qkv)
+
+    def _copied(
+        self, op: Op, pages: I32
+    ) -> tuple[NDArray[np.generic], NDArray[np.generic], F32 | None, F32 | None]:
+        k, v, k_scales, v_scales = self._pages(op)
+        if k_scales is None or v_scales is None:
+            return k[pages], v[pages], None, None
+        return k[pages], v[pages], k_scales[pages], v_scales[pages]
+
+    def _pages(
+        self, op: Op
+    ) -> tuple[NDArray[np.generic], NDArray[np.generic], F32 | None, F32 | None]:
+        return (*self.kv.layer(_layer(op)), *self.kv.scales(_layer(op)))
+
+
+_OPS: dict[str, Callable[[PassOps, Op], None]] = {
+    "read": PassOps._read,
+    "load": PassOps._load,
+    "embed": PassOps._embed,
+    "hidden_in": PassOps._hidden_in,
+    "pre_attention": PassOps._pre_attention,
+    "qkv_out": PassOps._qkv_out,
+    "kv_in": PassOps._kv_in,
+    "store_kv": PassOps._store_kv,
+    "attend": PassOps._attend,
+    "attention_in": PassOps._attention_in,
+    "post_attention": PassOps._post_attention,
+    "experts": PassOps._run_experts,
+    "hidden_out": PassOps._hidden_out,
+    "head": PassOps._head,
+}
+
+
+def cut(spans: Sequence[Span], num_micro_batches: int) -> list[Sequence[Span]]:
+    """Divide spans into at most so many runs of about as many tokens each; none is empty."""
+    wanted = min(num_micro_batches, len(spans))
+    ends = np.cumsum([len(span.token_ids) for span in spans])
+    cuts = [0]
+    for part in range(1, wanted):
+        nearest = int(np.searchsorted(ends, ends[-1] * part / wanted)) + 1
+        # At least one for this run, and one for each that follows.
+        cuts.append(min(max(nearest, cuts[-1] + 1), len(spans) - (wanted - part)))
+    cuts.append(len(spans))
+    return [spans[a:b] for a, b in itertools.pairwise(cuts)]
+
+
+def slice_of(model: Model, kv: KvCache, spans: Sequence[Span], first_row: int) -> Slice:
+    """Take a micro-batch's place in a pass; counts its tokens into the KV cache."""
+    lengths = [len(span.token_ids) for span in spans]
+    positions = np.concatenate(
+        [span.kv.length + np.arange(n) for span, n in zip(spans, lengths, strict=True)]
+    )
+    slots = np.concatenate([kv.append(span.kv, n) for span, n in zip(spans, lengths, strict=True)])
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return Slice(
+        rows=slice(first_row, first_row + int(offsets[-1])),
+        token_ids=np.concatenate([np.asarray(span.token_ids, np.int32) for span in spans]),
+        rope=model.rope_tables(positions.astype(np.int32)),
+        slots=slots,
+        page_table=kv.page_table([span.kv for span in spans]),
+        q_offsets=offsets,
+        kv_lens=np.array([span.kv.length for span in spans], np.int32),
+        output_rows=np.concatenate(
+            [
+                np.arange(stop - span.num_outputs, stop)
+                for span, stop in zip(spans, offsets[1:], strict=True)
+            ]
+        ),
+    )
+
+
+def _layer(op: Op) -> int:
+    assert op.layer is not None
+    return op.layer
+
+
+def _known(value: Known | None) -> Known:
+    assert value is not None, "an op ran before what it needs"
+    return value

@@ -1,0 +1,153 @@
+"""Experts where a plan puts them: slots that stay, a ring that is refilled, copies in between.
+
+The expert of a buffer is what the plan last brought there; that nobody overwrites what is in use is
+the plan's promise, not kept again here. With a device of its own memory, ``load`` copies from the
+host: from where all experts lie, or from a slot that ``read`` filled.
+
+Knows bytes, slots and names of buffers. Knows nothing of tokens, models or time.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from specmoeoff.offload.arena import Arena, round_up
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from specmoeoff.offload.expert_layout import ExpertLayout
+    from specmoeoff.offload.reader import Read, Reader
+
+Expert = tuple[int, int]
+"""(layer, expert)."""
+
+
+class PlannedExperts:
+    """The experts of one model in ``num_slots`` slots where they are used."""
+
+    def __init__(
+        self, layouts: Sequence[Sequence[ExpertLayout]], num_slots: int, reader: Reader
+    ) -> None:
+        self.slot_bytes = slot_bytes(layouts)
+        self.num_slots = num_slots
+        self._layouts = layouts
+        self._reader = reader
+        self._slots = _Slots(num_slots, self.slot_bytes)
+        self._host: _Slots | None = None
+        self._home: dict[Expert, int] = {}
+        """Host slot of each expert that stays on the host."""
+        self._resident: dict[Expert, int] = {}
+        self._streamed: dict[Expert, int] = {}
+        self._staged: dict[Expert, int] = {}
+
+    # -- before the first step ---------------------------------------------------------------------
+
+    def keep_all_on_host(self) -> None:
+        """Read every expert into host memory, from where ``load`` takes it.
+
+        Raises:
+            StreamError: One could not be read.
+        """
+        everything = [
+            (layer, e) for layer, experts in enumerate(self._layouts) for e in range(len(experts))
+        ]
+        self._host = _Slots(len(everything), self.slot_bytes)
+        self._home = {expert: slot for slot, expert in enumerate(everything)}
+        self._fetch(self._host, self._home)
+
+    def stage_on_host(self, num_slots: int) -> None:
+        """Have ``read`` bring experts into host slots, from where ``load`` takes them."""
+        self._host = _Slots(num_slots, self.slot_bytes)
+
+    def keep(self, experts: Iterable[Expert]) -> None:
+        """Make these the experts that stay, in the slots before the ring's.
+
+        Raises:
+            StreamError: One could not be read.
+        """
+        wanted = {expert: slot for slot, expert in enumerate(sorted(experts))}
+        if wanted == self._resident:
+            return
+        # Until all are there none counts, so that a failure leaves nothing half-read behind.
+        self._resident = {}
+        self._streamed.clear()
+        if self._home:
+            for expert, slot in wanted.items():
+                self._slots.view(slot)[:] = self._host_bytes(self._home[expert])
+        else:
+            self._fetch(self._slots, wanted)
+        self._resident = wanted
+
+    # -- what ops do -------------------------------------------------------------------------------
+
+    def read(self, expert: Expert, buffer: str) -> None:
+        """Bring an expert from disk into a slot of the ring, or of the host (``host slot 3``).
+
+        Raises:
+            StreamError: It could not be read.
+        """
+        number = int(buffer.rpartition(" ")[2])
+        if buffer.startswith("host"):
+            assert self._host is not None
+            self._fetch(self._host, {expert: number})
+            self._staged[expert] = number
+        else:
+            self._fetch(self._slots, {expert: len(self._resident) + number})
+            self._streamed[expert] = len(self._resident) + number
+
+    def load(self, expert: Expert, buffer: str) -> None:
+        """Copy an expert from the host into a slot of the ring."""
+        slot = len(self._resident) + int(buffer.rpartition(" ")[2])
+        home = self._home[expert] if self._home else self._staged.pop(expert)
+        np.copyto(self._slots.view(slot), self._host_bytes(home))
+        self._streamed[expert] = slot
+
+    def tensors(self, expert: Expert) -> Mapping[str, NDArray[np.generic]]:
+        """Return an expert's tensors where they are used."""
+        slot = self._resident.get(expert)
+        view = self._slots.view(self._streamed[expert] if slot is None else slot)
+        return {name: t.of(view) for name, t in self._layout(expert).tensors.items()}
+
+    def _layout(self, expert: Expert) -> ExpertLayout:
+        layer, number = expert
+        return self._layouts[layer][number]
+
+    def _host_bytes(self, slot: int) -> NDArray[np.uint8]:
+        assert self._host is not None
+        return self._host.view(slot)
+
+    def _fetch(self, slots: _Slots, wanted: Mapping[Expert, int]) -> None:
+        """Read experts into slots, all at once so that the disk's queue is never empty."""
+        reads = [self._submit(slots, expert, slot) for expert, slot in wanted.items()]
+        for read in reads:
+            read.wait()
+
+    def _submit(self, slots: _Slots, expert: Expert, slot: int) -> Read:
+        layout, view = self._layout(expert), slots.view(slot)
+        buffers = [
+            view[start : start + segment.num_bytes].data
+            for start, segment in zip(layout.starts, layout.segments, strict=True)
+        ]
+        return self._reader.submit(layout.name, layout.segments, buffers)
+
+
+class _Slots:
+    """Memory for so many experts."""
+
+    def __init__(self, num_slots: int, num_bytes: int) -> None:
+        self._num_bytes = num_bytes
+        self._arena = Arena(num_slots * num_bytes)
+        self._arena.hold(num_slots * num_bytes)
+
+    def view(self, slot: int) -> NDArray[np.uint8]:
+        return self._arena.bytes[slot * self._num_bytes : (slot + 1) * self._num_bytes]
+
+
+def slot_bytes(layouts: Sequence[Sequence[ExpertLayout]]) -> int:
+    """Return the bytes of a slot that any of these experts fits."""
+    return round_up(max(layout.num_bytes for layer in layouts for layout in layer))

@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-CXX_FILES := $(wildcard csrc/*.cc csrc/*.h csrc/*.inc)
+CXX_FILES := $(wildcard csrc/*.cc csrc/*.h csrc/*.inc tests/*.cc)
 
-.PHONY: demo test lint bench plots build asan clean
+.PHONY: demo test lint bench plots build asan amx clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/specmoeoff demo
@@ -41,6 +41,13 @@ asan: build
 	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 \
 	  $(BIN)/python -S -m pytest -p no:cacheprovider tests/test_kernels_*.py
+
+# The tests of bfloat16 products on the target amx too, its instructions trapped and emulated.
+amx: build
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps --upgrade --target build/amx-site \
+	  -Cbuild-dir=build/amx -Ccmake.define.SPECMOEOFF_EMULATE_AMX=ON .
+	PYTHONPATH=build/amx-site:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+	  $(BIN)/python -S -m pytest -p no:cacheprovider -p no:faulthandler tests/test_kernels_bf16.py
 
 $(VENV)/.created:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

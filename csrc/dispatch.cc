@@ -4,11 +4,15 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "amx_support.h"
+
 namespace specmoeoff {
 namespace {
 
-constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512vnni", "avx512bf16"};
-constexpr int kNumTargets = 5;
+constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx"};
+constexpr int kNumTargets = 6;
+// amx only by name: see dispatch.h.
+constexpr Target kBestDefault = Target::kAvx512Bf16;
 
 bool Supports(Target target) {
   if (target == Target::kScalar) return true;
@@ -22,7 +26,9 @@ bool Supports(Target target) {
   if (target == Target::kAvx512) return avx512;
   const bool avx512vnni = avx512 && __builtin_cpu_supports("avx512vnni");
   if (target == Target::kAvx512Vnni) return avx512vnni;
-  return avx512vnni && __builtin_cpu_supports("avx512bf16");
+  const bool avx512bf16 = avx512vnni && __builtin_cpu_supports("avx512bf16");
+  if (target == Target::kAvx512Bf16) return avx512bf16;
+  return avx512bf16 && HasTiles();
 #else
   return false;
 #endif
@@ -45,7 +51,7 @@ Target Default() {
   if (const char* name = std::getenv("SPECMOEOFF_CPU_TARGET"); name && *name) {
     return Parse(name, "SPECMOEOFF_CPU_TARGET");
   }
-  for (int i = kNumTargets - 1; i > 0; --i) {
+  for (int i = static_cast<int>(kBestDefault); i > 0; --i) {
     if (Supports(static_cast<Target>(i))) return static_cast<Target>(i);
   }
   return Target::kScalar;

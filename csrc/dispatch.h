@@ -8,6 +8,9 @@
 //
 // A later target adds an enumerator and a parameter to Select(); families without code for it fall
 // back to the one below, so a target has all that the ones before it have.
+//
+// "amx" (the tiles of AMX-BF16) was never run on a CPU that has it, only with its instructions
+// trapped and emulated (`make amx`). So it runs where it is asked for by name, and is no default.
 #pragma once
 
 #include <string>
@@ -22,10 +25,17 @@
 
 namespace specmoeoff {
 
-enum class Target : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vnni = 3, kAvx512Bf16 = 4 };
+enum class Target : int {
+  kScalar = 0,
+  kAvx2 = 1,
+  kAvx512 = 2,
+  kAvx512Vnni = 3,
+  kAvx512Bf16 = 4,
+  kAmx = 5
+};
 
 // Names of the targets this CPU supports, worst first: "scalar", "avx2", "avx512",
-// "avx512vnni", "avx512bf16".
+// "avx512vnni", "avx512bf16", "amx".
 std::vector<std::string> SupportedTargets();
 
 // The target that runs now. The first call honours SPECMOEOFF_CPU_TARGET; throws
@@ -40,8 +50,10 @@ template <class Kernels>
 const Kernels& Select(const Kernels* scalar, const std::type_identity_t<Kernels>* avx2,
                       const std::type_identity_t<Kernels>* avx512,
                       const std::type_identity_t<Kernels>* avx512vnni = nullptr,
-                      const std::type_identity_t<Kernels>* avx512bf16 = nullptr) {
+                      const std::type_identity_t<Kernels>* avx512bf16 = nullptr,
+                      const std::type_identity_t<Kernels>* amx = nullptr) {
   const Target target = CurrentTarget();
+  if (target >= Target::kAmx && amx) return *amx;
   if (target >= Target::kAvx512Bf16 && avx512bf16) return *avx512bf16;
   if (target >= Target::kAvx512Vnni && avx512vnni) return *avx512vnni;
   if (target >= Target::kAvx512 && avx512) return *avx512;

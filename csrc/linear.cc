@@ -24,7 +24,8 @@ const LinearKernels& CurrentLinear(Activations activations, bool bfloat16_weight
   }
   return Select(&kLinearRoundedScalar, SPECMOEOFF_IF_X86(&kLinearRoundedAvx2),
                 SPECMOEOFF_IF_X86(&kLinearRoundedAvx512), nullptr,
-                bfloat16_weights ? SPECMOEOFF_IF_X86(&kLinearAvx512Bf16) : nullptr);
+                bfloat16_weights ? SPECMOEOFF_IF_X86(&kLinearAvx512Bf16) : nullptr,
+                bfloat16_weights ? SPECMOEOFF_IF_X86(&kLinearAmx) : nullptr);
 }
 
 int64_t PieceColumns(int64_t n, int64_t column_bytes) {

@@ -13,8 +13,10 @@
 // one above, except for bfloat16 weights on a CPU that multiplies bfloat16 itself: there packing
 // keeps bfloat16, 32 elements in place of 16, and partial j takes the pairs (2 j, 2 j + 1) mod 32
 // in rising order, by an instruction that adds the odd product, then the even one, each with one
-// rounding, denormals taken as zero; then the partials as above. So bits differ between such a
-// target and the others, but still depend on a row and its weights alone.
+// rounding, denormals taken as zero; then the partials as above. AMX has its own order again: a sum
+// takes 32 elements at a time, in rising order, and each time what its instruction makes of them.
+// So bits differ between such a target and the others, but still depend on a row and its weights
+// alone. AMX packs its own way too, see linear_amx.cc.
 #pragma once
 
 #include <cstddef>
@@ -67,6 +69,7 @@ extern const LinearKernels kLinearRoundedAvx2;
 extern const LinearKernels kLinearRoundedAvx512;
 // For bfloat16 weights only.
 extern const LinearKernels kLinearAvx512Bf16;
+extern const LinearKernels kLinearAmx;
 
 enum class Activations { kFloat32, kBfloat16 };
 

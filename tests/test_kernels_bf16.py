@@ -36,13 +36,6 @@ def _restore_settings() -> Iterator[None]:
     kernels.set_num_threads(threads)
 
 
-@pytest.fixture
-def _pairs() -> None:
-    """Run on a target that multiplies bfloat16 itself."""
-    if not kernels.multiplies_bfloat16():
-        pytest.skip("this CPU has no instruction for products of bfloat16")
-
-
 def make_weight(rng: np.random.Generator, n: int, k: int, kind: str = "bfloat16") -> Weight:
     w = rng.standard_normal((n, k)).astype(np.float32)
     if kind == "bfloat16":
@@ -81,10 +74,12 @@ def on_each_target(compute: Callable[[], np.ndarray]) -> dict[str, np.ndarray]:
 def linear_bound(x: np.ndarray, weight: Weight) -> np.ndarray:
     """Most that a dot product can be off: roundings in a row, the tree, scale and bias.
 
-    One rounding per 16 elements either way: two per step of 32 with pairs. Below, what denormals
-    taken as zero can lose: each product at most the least normal number.
+    One rounding per 16 elements either way, two per step of 32 with pairs; tiles have one per step
+    and those within a step. Below, what denormals taken as zero can lose: each product at most the
+    least normal number.
     """
-    roundings = 2 * (-(-x.shape[1] // 32)) + 4 + 3
+    steps = -(-x.shape[1] // 32)
+    roundings = max(2 * steps + 4 + 3, steps + 17 + 2)
     magnitude = np.abs(x).astype(np.float64) @ np.abs(reference.widen(weight)).astype(np.float64).T
     return roundings * EPS * magnitude + 2 * x.shape[1] * float(np.finfo(np.float32).tiny)
 
@@ -136,28 +131,65 @@ def test_an_int8_dot_weight_rounds_in_its_own_way() -> None:
     assert same_bits(linear(x, weight), reference.linear(x, weight, activations="bfloat16"))
 
 
-@pytest.mark.usefixtures("_pairs")
+def single(x: np.ndarray) -> np.ndarray:
+    """Round to float32, and go on in float64, where a product of two bfloat16 is exact."""
+    return x.astype(np.float32).astype(np.float64)
+
+
+def tree(lanes: np.ndarray) -> np.ndarray:
+    for width in (8, 4, 2, 1):
+        lanes = single(lanes[:, :width] + lanes[:, width : 2 * width])
+    return lanes[:, 0]
+
+
+def in_lanes(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """16 partial sums of single products, then their tree."""
+    lanes = np.zeros((len(w), 16))
+    for at in range(0, len(x), 16):
+        lanes = single(lanes + x[at : at + 16] * w[:, at : at + 16])
+    return tree(lanes)
+
+
+def in_pairs(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """16 partial sums of pairs, the odd product first, then their tree."""
+    lanes = np.zeros((len(w), 16))
+    for at in range(0, len(x), 32):
+        for place in (1, 0):
+            part = slice(at + place, at + 32, 2)
+            lanes = single(lanes + x[part] * w[:, part])
+    return tree(lanes)
+
+
+def in_tiles(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """Of every 32 elements the even ones and the odd ones, then both, then the sum so far."""
+    sums = np.zeros(len(w))
+    for at in range(0, len(x), 32):
+        parts = np.zeros((len(w), 2))
+        for pair in range(at, at + 32, 2):
+            parts = single(parts + x[pair : pair + 2] * w[:, pair : pair + 2])
+        sums = single(sums + single(parts[:, 0] + parts[:, 1]))
+    return sums
+
+
+ORDERS = {"avx512bf16": in_pairs, "amx": in_tiles}
+
+
+@pytest.mark.parametrize("target", kernels.cpu_targets())
 @pytest.mark.parametrize("k", [1, 2, 31, 33, 960, 1017])
-def test_pairs_are_summed_in_the_documented_order(k: int) -> None:
+def test_products_are_summed_in_the_documented_order(target: str, k: int) -> None:
+    kernels.use_cpu_target(target)
     rng = np.random.default_rng(2)
     x, weight = rng.standard_normal((1, k)).astype(np.float32), make_weight(rng, 100, k)
     padding = (0, -k % 32)
-    wide_x = np.pad(rounded(x)[0], padding).astype(np.float64).reshape(-1, 16, 2)
+    wide_x = np.pad(rounded(x)[0], padding).astype(np.float64)
     wide_w = np.pad(reference.widen(weight), ((0, 0), padding)).astype(np.float64)
-    wide_w = wide_w.reshape(100, -1, 16, 2)
-    lanes = np.zeros((100, 16), np.float64)
-    for step in range(wide_x.shape[0]):
-        for place in (1, 0):
-            # One rounding each: the product of two bfloat16 is exact in float64.
-            product = wide_x[step, :, place] * wide_w[:, step, :, place]
-            lanes = (lanes + product).astype(np.float32).astype(np.float64)
-    sums = lanes.astype(np.float32)
-    for width in (8, 4, 2, 1):
-        sums = sums[:, :width] + sums[:, width : 2 * width]
-    assert same_bits(linear(x, weight), sums.T.copy())
+    sums = ORDERS.get(target, in_lanes)(wide_x, wide_w)
+    assert same_bits(linear(x, weight), sums.astype(np.float32)[None, :])
 
 
-def test_a_row_does_not_depend_on_its_neighbours_or_on_threads() -> None:
+@pytest.mark.parametrize("target", kernels.cpu_targets())
+def test_a_row_does_not_depend_on_its_neighbours_or_on_threads(target: str) -> None:
+    kernels.use_cpu_target(target)
     rng = np.random.default_rng(3)
     # Enough rows for several chunks and blocks, enough columns for several pieces; a tail in K.
     x = rng.standard_normal((700, 811)).astype(np.float32)

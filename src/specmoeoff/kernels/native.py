@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from specmoeoff.kernels.weights import F32, I32, U64, Activations, Array, Weight
 
-_BFLOAT16_TARGETS = ("avx512bf16",)
+_BFLOAT16_TARGETS = ("avx512bf16", "amx")
 _MOST_OPERANDS = 8
 _INT8_DOT_MOST_K = 1 << 17  # sums of 2^17 products of int8 fit 32 bits
 

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from specmoeoff.config import EngineConfig, SpeculativeConfig
 from specmoeoff.engine.forward import Forward, ResidentExperts, Span
+from specmoeoff.engine.micro_batch import cut
 from specmoeoff.engine.model_files import ModelFiles
-from specmoeoff.engine.pass_ops import PassOps, cut
+from specmoeoff.engine.pass_ops import PassOps
 from specmoeoff.engine.planned_build import Planned, PlannedConfig, open_planned
 from specmoeoff.engine.planned_forward import Machine, PlannedForward
 from specmoeoff.engine.weights import Loader, ModelWeights, load_whole

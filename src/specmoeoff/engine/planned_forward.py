@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from specmoeoff.engine.pass_ops import PassOps, Slice, cut, slice_of
+from specmoeoff.engine.micro_batch import Slice, cut, slice_of
+from specmoeoff.engine.pass_ops import PassOps
 from specmoeoff.errors import OpError, StreamError
 from specmoeoff.pipeline.pace import paced
 from specmoeoff.pipeline.schedules import build_plan

@@ -51,9 +51,12 @@ class Layer:
         gate, up, down = (
             random_bfloat16(rng, *shape) for shape in ((inner, k), (inner, k), (k, inner))
         )
+        matrices = gate, up, down
         forms: dict[str, Expert] = {
-            "bf16": (gate, up, down),
-            "int8": tuple(map(kernels.quantize_int8, (gate, up, down))),
+            "bf16": matrices,
+            "int8": tuple(kernels.quantize_int8(w) for w in matrices),
+            "int8/32": tuple(kernels.quantize_int8(w, 32) for w in matrices),
+            "int4/32": tuple(kernels.quantize_int4(w, 32) for w in matrices),
         }
         count = max(copies_beyond_caches(num_bytes(expert)) for expert in forms.values())
         self.experts = {name: copies(expert, count) for name, expert in forms.items()}

@@ -28,7 +28,12 @@ class Weights:
     def __init__(self, k: int, n: int) -> None:
         self.shape = n, k
         bits = random_bfloat16(np.random.default_rng(0), n, k)
-        forms: dict[str, Weight] = {"bf16": bits, "int8": kernels.quantize_int8(bits)}
+        forms: dict[str, Weight] = {
+            "bf16": bits,
+            "int8": kernels.quantize_int8(bits),
+            "int8/32": kernels.quantize_int8(bits, 32),
+            "int4/32": kernels.quantize_int4(bits, 32),
+        }
         self.forms = {
             name: copies(form, copies_beyond_caches(form.nbytes)) for name, form in forms.items()
         }

@@ -12,7 +12,8 @@
 namespace specmoeoff {
 
 // A matrix argument: an array of float32, float16 or uint16 (bfloat16), or an object with `values`
-// (int8 [N, K]) and `scales` (float32 [N, K / group]). Keeps the arrays alive.
+// (int8 [N, K], or uint8 [N, K / 2] for int4) and `scales` (float32 [N, K / group]). Keeps the
+// arrays alive.
 class WeightArgument {
  public:
   // Throws TypeError or ValueError naming the argument.
@@ -24,38 +25,51 @@ class WeightArgument {
                      : values_.dtype() == Dtype::kFloat16 ? WeightKind::kFloat16
                                                           : WeightKind::kBfloat16;
     } else if (nb::hasattr(object, "values") && nb::hasattr(object, "scales")) {
-      ReadInt8(object, name);
+      ReadQuantised(object, name);
     } else {
       throw nb::type_error(
           (name +
-           " must be a numpy array of float32, float16 or uint16 (bfloat16), or an Int8Weight")
+           " must be a numpy array of float32, float16 or uint16 (bfloat16), an Int8Weight or an "
+           "Int4Weight")
               .c_str());
     }
     weight_.data = values_.data<void>();
     weight_.n = values_.dim(0);
-    weight_.k = values_.dim(1);
+    weight_.k = weight_.kind == WeightKind::kInt4 ? 2 * values_.dim(1) : values_.dim(1);
     if (weight_.k == 0) throw nb::value_error((name + " has rows of length 0").c_str());
-    if (scales_) weight_.group = weight_.k / scales_.dim(1);
+    if (scales_) ReadGroup(name);
   }
 
   const Weight& operator*() const { return weight_; }
   const Weight* operator->() const { return &weight_; }
 
  private:
-  void ReadInt8(nanobind::handle object, const std::string& name) {
+  void ReadQuantised(nanobind::handle object, const std::string& name) {
     namespace nb = nanobind;
-    values_ =
-        Array(nb::object(object.attr("values")), (name + ".values").c_str(), {Dtype::kInt8}, 2);
+    values_ = Array(nb::object(object.attr("values")), (name + ".values").c_str(),
+                    {Dtype::kInt8, Dtype::kUint8}, 2);
     scales_ =
         Array(nb::object(object.attr("scales")), (name + ".scales").c_str(), {Dtype::kFloat32}, 2);
-    const int64_t groups = scales_.dim(1);
-    if (scales_.dim(0) != values_.dim(0) || groups < 1 || values_.dim(1) % groups != 0) {
-      throw nb::value_error((name + ".scales must have one row per row of values and a number of "
-                                    "columns that divides the number of columns of values")
-                                .c_str());
-    }
-    weight_.kind = WeightKind::kInt8;
+    weight_.kind = values_.dtype() == Dtype::kInt8 ? WeightKind::kInt8 : WeightKind::kInt4;
     weight_.scales = scales_.data<float>();
+  }
+
+  void ReadGroup(const std::string& name) {
+    const int64_t groups = scales_.dim(1);
+    if (scales_.dim(0) != weight_.n || groups < 1 || weight_.k % groups != 0) {
+      throw nanobind::value_error(
+          (name +
+           ".scales must have one row per row of values and a number of columns that divides "
+           "the number of columns of the matrix")
+              .c_str());
+    }
+    weight_.group = weight_.k / groups;
+    if (weight_.kind == WeightKind::kInt4 && !IsInt4Group(weight_.group)) {
+      throw nanobind::value_error((name + ".scales makes groups of " +
+                                   std::to_string(weight_.group) +
+                                   "; those of int4 must be of 32, 64 or 128")
+                                      .c_str());
+    }
   }
 
   Array values_;

@@ -17,7 +17,8 @@ struct DtypeInfo {
 constexpr DtypeInfo kDtypes[] = {
     {Dtype::kFloat32, 'f', 4, "float32"}, {Dtype::kFloat16, 'e', 2, "float16"},
     {Dtype::kUint16, 'H', 2, "uint16"},   {Dtype::kInt8, 'b', 1, "int8"},
-    {Dtype::kInt32, 'i', 4, "int32"},     {Dtype::kUint64, 'L', 8, "uint64"},
+    {Dtype::kUint8, 'B', 1, "uint8"},     {Dtype::kInt32, 'i', 4, "int32"},
+    {Dtype::kUint64, 'L', 8, "uint64"},
 };
 
 const DtypeInfo& Info(Dtype dtype) { return kDtypes[static_cast<int>(dtype)]; }

@@ -9,7 +9,7 @@
 
 namespace specmoeoff {
 
-enum class Dtype { kFloat32, kFloat16, kUint16, kInt8, kInt32, kUint64 };
+enum class Dtype { kFloat32, kFloat16, kUint16, kInt8, kUint8, kInt32, kUint64 };
 
 const char* DtypeName(Dtype dtype);
 

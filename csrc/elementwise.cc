@@ -59,12 +59,29 @@ void Widen(const Weight& weight, const int32_t* ids, int64_t count, float* out) 
           [&](int64_t t) { kernels.widen(weight, ids ? ids[t] : t, out + t * weight.k); });
 }
 
-void Quantize(const Weight& weight, int64_t group, int8_t* values, float* scales) {
+void QuantizeInt8(const Weight& weight, int64_t group, int8_t* values, float* scales) {
   const ElementwiseKernels& kernels = Current();
   const int64_t groups = weight.k / group;
   ForRows(weight.n, weight.k, [&](int64_t n) {
-    kernels.quantize(weight, n, group, values + n * weight.k, scales + n * groups,
+    kernels.quantize(weight, n, group, 127.0f, values + n * weight.k, scales + n * groups,
                      Floats(weight.k));
+  });
+}
+
+void QuantizeInt4(const Weight& weight, int64_t group, uint8_t* values, float* scales) {
+  const ElementwiseKernels& kernels = Current();
+  const int64_t k = weight.k, groups = k / group;
+  ForRows(weight.n, k, [&](int64_t n) {
+    float* floats = static_cast<float*>(ThreadScratch(k * (sizeof(float) + 1)));
+    auto* wide = reinterpret_cast<int8_t*>(floats + k);
+    kernels.quantize(weight, n, group, 7.0f, wide, scales + n * groups, floats);
+    uint8_t* row = values + n * (k / 2);
+    for (int64_t i = 0; i < k; i += kInt4Run) {
+      for (int64_t j = 0; j < kInt4Run / 2; ++j) {
+        const int low = wide[i + j] + 8, high = wide[i + kInt4Run / 2 + j] + 8;
+        row[i / 2 + j] = static_cast<uint8_t>(low | high << 4);
+      }
+    }
   });
 }
 

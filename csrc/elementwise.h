@@ -18,9 +18,10 @@ struct ElementwiseKernels {
                 float* scratch);
   // Weight row n as float32.
   void (*widen)(const Weight& weight, int64_t n, float* out);
-  // Weight row n as int8 with a scale per `group` elements. `scratch` has k floats.
-  void (*quantize)(const Weight& weight, int64_t n, int64_t group, int8_t* values, float* scales,
-                   float* scratch);
+  // Weight row n as int8 of magnitude `most` at most, with a scale per `group` elements. `scratch`
+  // has k floats.
+  void (*quantize)(const Weight& weight, int64_t n, int64_t group, float most, int8_t* values,
+                   float* scales, float* scratch);
   void (*to_bfloat16)(const float* x, int64_t count, uint16_t* out);
 };
 
@@ -35,7 +36,9 @@ void Route(const float* logits, int64_t rows, int64_t experts, int64_t top_k, in
            float* weights);
 // Rows `ids` of the table (all rows, in order, if ids is null) as float32.
 void Widen(const Weight& weight, const int32_t* ids, int64_t count, float* out);
-void Quantize(const Weight& weight, int64_t group, int8_t* values, float* scales);
+void QuantizeInt8(const Weight& weight, int64_t group, int8_t* values, float* scales);
+// values [n, k / 2], see weight.h.
+void QuantizeInt4(const Weight& weight, int64_t group, uint8_t* values, float* scales);
 void ToBfloat16(const float* x, int64_t count, uint16_t* out);
 
 }  // namespace specmoeoff

@@ -68,18 +68,37 @@ void WidenCall(nb::handle weight_object, nb::handle out_object) {
   Widen(*weight, nullptr, weight->n, out.data<float>());
 }
 
-void QuantizeCall(nb::handle weight_object, nb::handle values_object, nb::handle scales_object) {
+// The group that `scales` asks for; throws ValueError unless there is one.
+int64_t GroupOf(const Weight& weight, const Array& scales) {
+  const int64_t groups = scales.dim(1);
+  RequireShape(scales, "scales", {weight.n, groups});
+  if (groups < 1 || weight.k % groups != 0) {
+    throw nb::value_error("group must divide the number of columns of weight");
+  }
+  return weight.k / groups;
+}
+
+void QuantizeInt8Call(nb::handle weight_object, nb::handle values_object,
+                      nb::handle scales_object) {
   const WeightArgument weight(weight_object, "weight");
   const Array values(values_object, "values", {Dtype::kInt8}, 2, /*writable=*/true);
   const Array scales(scales_object, "scales", {Dtype::kFloat32}, 2, /*writable=*/true);
   RequireShape(values, "values", {weight->n, weight->k});
-  const int64_t groups = scales.dim(1);
-  RequireShape(scales, "scales", {weight->n, groups});
-  if (groups < 1 || weight->k % groups != 0) {
-    throw nb::value_error("group must divide the number of columns of weight");
-  }
+  const int64_t group = GroupOf(*weight, scales);
   nb::gil_scoped_release release;
-  Quantize(*weight, weight->k / groups, values.data<int8_t>(), scales.data<float>());
+  QuantizeInt8(*weight, group, values.data<int8_t>(), scales.data<float>());
+}
+
+void QuantizeInt4Call(nb::handle weight_object, nb::handle values_object,
+                      nb::handle scales_object) {
+  const WeightArgument weight(weight_object, "weight");
+  const Array values(values_object, "values", {Dtype::kUint8}, 2, /*writable=*/true);
+  const Array scales(scales_object, "scales", {Dtype::kFloat32}, 2, /*writable=*/true);
+  RequireShape(values, "values", {weight->n, weight->k / 2});
+  const int64_t group = GroupOf(*weight, scales);
+  if (!IsInt4Group(group)) throw nb::value_error("group must be 32, 64 or 128");
+  nb::gil_scoped_release release;
+  QuantizeInt4(*weight, group, values.data<uint8_t>(), scales.data<float>());
 }
 
 void ToBfloat16Call(nb::handle x_object, nb::handle out_object) {
@@ -100,6 +119,9 @@ void BindElementwise(nb::module_& m) {
   m.def("route", &RouteCall, nb::arg("logits"), nb::arg("expert_ids"), nb::arg("expert_weights"));
   m.def("embedding", &EmbeddingCall, nb::arg("token_ids"), nb::arg("weight"), nb::arg("out"));
   m.def("widen", &WidenCall, nb::arg("weight"), nb::arg("out"));
-  m.def("quantize_int8", &QuantizeCall, nb::arg("weight"), nb::arg("values"), nb::arg("scales"));
+  m.def("quantize_int8", &QuantizeInt8Call, nb::arg("weight"), nb::arg("values"),
+        nb::arg("scales"));
+  m.def("quantize_int4", &QuantizeInt4Call, nb::arg("weight"), nb::arg("values"),
+        nb::arg("scales"));
   m.def("to_bfloat16", &ToBfloat16Call, nb::arg("x"), nb::arg("out"));
 }

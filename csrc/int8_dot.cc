@@ -312,7 +312,7 @@ void PackInt8Dot(const Weight& weight, int8_t* packed, float* scales) {
     some.n = std::min(most, weight.n - first);
     some.data = weight.row(first);
     if (weight.scales) some.scales = weight.scales + first * (k / weight.group);
-    Quantize(some, k, values, scales + first);
+    QuantizeInt8(some, k, values, scales + first);
     ParallelFor(CeilDivide(some.n, kInt8Block), [&](int64_t b) {
       int8_t* block = packed + (first + b * kInt8Block) * steps * 4;
       std::memset(block, 0, kInt8Block * steps * 4);

@@ -93,6 +93,23 @@ SPECMOEOFF_INLINE Vec LoadPartialI8(const int8_t* p, int count) {
   return LoadI8(lanes);
 }
 
+// The values that four bits stand for, 8 less, times a scale.
+using NibbleScale = __m256;
+SPECMOEOFF_INLINE NibbleScale ScaleNibbles(float scale) { return _mm256_set1_ps(scale); }
+// The low four bits of eight bytes.
+SPECMOEOFF_INLINE __m256 WidenNibbles(__m128i bytes, NibbleScale scale) {
+  const __m256i low = _mm256_and_si256(_mm256_cvtepu8_epi32(bytes), _mm256_set1_epi32(15));
+  return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(low, _mm256_set1_epi32(8))), scale);
+}
+SPECMOEOFF_INLINE Vec LoadLowNibbles(const uint8_t* p, NibbleScale scale) {
+  const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {WidenNibbles(v, scale), WidenNibbles(_mm_srli_si128(v, 8), scale)};
+}
+SPECMOEOFF_INLINE Vec LoadHighNibbles(const uint8_t* p, NibbleScale scale) {
+  const __m128i v = _mm_srli_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), 4);
+  return {WidenNibbles(v, scale), WidenNibbles(_mm_srli_si128(v, 8), scale)};
+}
+
 // Lanes hold integers in [-128, 127].
 SPECMOEOFF_INLINE void StorePartialI8(int8_t* p, Vec v, int count) {
   alignas(32) int32_t lanes[16];

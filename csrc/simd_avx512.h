@@ -65,6 +65,23 @@ SPECMOEOFF_INLINE Vec LoadPartialI8(const int8_t* p, int count) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(v));
 }
 
+// The values that four bits stand for, 8 less, times a scale: a table, since a shuffle looks up
+// sixteen at once and takes no notice of the index's higher bits.
+using NibbleScale = __m512;
+SPECMOEOFF_INLINE NibbleScale ScaleNibbles(float scale) {
+  const __m512 value = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
+  return _mm512_mul_ps(value, _mm512_set1_ps(scale));
+}
+SPECMOEOFF_INLINE __m512i LoadBytes(const uint8_t* p) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+SPECMOEOFF_INLINE Vec LoadLowNibbles(const uint8_t* p, NibbleScale scale) {
+  return _mm512_permutexvar_ps(LoadBytes(p), scale);
+}
+SPECMOEOFF_INLINE Vec LoadHighNibbles(const uint8_t* p, NibbleScale scale) {
+  return _mm512_permutexvar_ps(_mm512_srli_epi32(LoadBytes(p), 4), scale);
+}
+
 // Lanes hold integers in [-128, 127].
 SPECMOEOFF_INLINE void StorePartialI8(int8_t* p, Vec v, int count) {
   _mm_mask_storeu_epi8(p, FirstLanes(count), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));

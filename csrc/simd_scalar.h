@@ -90,6 +90,16 @@ SPECMOEOFF_INLINE Vec LoadBf16(const uint16_t* p) { return LoadPartialBf16(p, 16
 SPECMOEOFF_INLINE Vec LoadF16(const uint16_t* p) { return LoadPartialF16(p, 16); }
 SPECMOEOFF_INLINE Vec LoadI8(const int8_t* p) { return LoadPartialI8(p, 16); }
 
+// The values that four bits stand for, 8 less, times a scale.
+using NibbleScale = float;
+SPECMOEOFF_INLINE NibbleScale ScaleNibbles(float scale) { return scale; }
+SPECMOEOFF_INLINE Vec LoadLowNibbles(const uint8_t* p, NibbleScale scale) {
+  SPECMOEOFF_LANES(static_cast<float>((p[j] & 15) - 8) * scale);
+}
+SPECMOEOFF_INLINE Vec LoadHighNibbles(const uint8_t* p, NibbleScale scale) {
+  SPECMOEOFF_LANES(static_cast<float>((p[j] >> 4) - 8) * scale);
+}
+
 // Lanes hold integers in [-128, 127].
 SPECMOEOFF_INLINE void StorePartialI8(int8_t* p, Vec v, int count) {
   for (int j = 0; j < count; ++j) p[j] = static_cast<int8_t>(v.lane[j]);

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-FORMS = ("bf16", "int8")
-"""Ours with float32 activations, by what the weights are."""
+FORMS = ("bf16", "int8", "int8/32", "int4/32")
+"""Ours with float32 activations, by what the weights are, and a scale per how many of them."""
 ROUNDED = "bf16 x bf16"
 """Ours with bfloat16 weights and activations rounded to bfloat16, as torch's ``TORCH_BF16``."""
 TORCH_BF16, TORCH_F32 = "torch bf16", "torch f32"
@@ -99,7 +99,7 @@ class Case:
             f"{self.shape:14}{self.rows:5}{bf16_s * 1e6:11.1f}",
             f"{self.num_bytes['bf16'] / bf16_s / 1e9:7.1f}{self.roofs.read_bandwidth / 1e9:6.1f}",
             f"{self.flops / bf16_s / 1e9:9.1f}{self.roofs.multiply_add / 1e9:6.0f}",
-            *(f"{self.share(form):7.0%}" for form in FORMS),
+            *(f"{self.share(form):9.0%}" for form in FORMS),
             f"{self.flops / self.seconds[ROUNDED] / 1e9:12.1f}",
             f"{self.torch_best.removeprefix('torch '):>7}",
             f"{self.over_torch('bf16'):9.2f}{self.over_torch(ROUNDED):12.2f}",
@@ -126,7 +126,7 @@ class Case:
 
 HEADER = (
     f"{'shape':14}{'rows':>5}{'bf16 us':>11}{'GB/s':>7}{'roof':>6}{'GFLOP/s':>9}{'roof':>6}"
-    + "".join(f"{form:>7}" for form in FORMS)
+    + "".join(f"{form:>9}" for form in FORMS)
     + f"{ROUNDED:>12}{'torch':>7}{'over it':>9}{ROUNDED:>12}  slower than torch"
 )
 LEGEND = f"""\

@@ -14,6 +14,7 @@ from specmoeoff.kernels.native import (
     multiplies_bfloat16,
     num_threads,
     pack_int8_dot,
+    quantize_int4,
     quantize_int8,
     rms_norm,
     rope,
@@ -25,6 +26,7 @@ from specmoeoff.kernels.native import (
 )
 from specmoeoff.kernels.weights import (
     Activations,
+    Int4Weight,
     Int8DotWeight,
     Int8Weight,
     Weight,
@@ -33,6 +35,7 @@ from specmoeoff.kernels.weights import (
 
 __all__ = [
     "Activations",
+    "Int4Weight",
     "Int8DotWeight",
     "Int8Weight",
     "Weight",
@@ -50,6 +53,7 @@ __all__ = [
     "num_threads",
     "pack_int8_dot",
     "packed_int8_bytes",
+    "quantize_int4",
     "quantize_int8",
     "rms_norm",
     "rope",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from specmoeoff.kernels import _native
-from specmoeoff.kernels.weights import Int8DotWeight, Int8Weight
+from specmoeoff.kernels.weights import Int4Weight, Int8DotWeight, Int8Weight
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _BFLOAT16_TARGETS = ("avx512bf16", "amx")
 _MOST_OPERANDS = 8
+_INT4_GROUPS = (32, 64, 128)
 _INT8_DOT_MOST_K = 1 << 17  # sums of 2^17 products of int8 fit 32 bits
 
 
@@ -164,8 +165,8 @@ def expert_ffn_many(
 
 def widen(weight: Weight) -> F32:
     """Return the float32 values of a weight; a matrix [N, K], or an array of any shape."""
-    if isinstance(weight, Int8Weight):
-        out = np.empty(weight.values.shape, np.float32)
+    if isinstance(weight, Int8Weight | Int4Weight):
+        out = np.empty(_shape(weight, "weight"), np.float32)
         _native.widen(weight, out)
         return out
     if isinstance(weight, Int8DotWeight):
@@ -188,6 +189,22 @@ def quantize_int8(weight: Weight, group: int | None = None) -> Int8Weight:
     scales = np.empty((n, k // (group or k)), np.float32)
     _native.quantize_int8(weight, values, scales)
     return Int8Weight(values, scales)
+
+
+def quantize_int4(weight: Weight, group: int = 32) -> Int4Weight:
+    """Quantise a matrix [N, K] to int4 by its largest magnitude per run of 32, 64 or 128.
+
+    K is a multiple of ``group``.
+    """
+    n, k = _shape(weight, "weight")
+    if group not in _INT4_GROUPS:
+        raise ValueError(f"group is {group}; it must be 32, 64 or 128")
+    if k == 0 or k % group:
+        raise ValueError(f"group is {group}; it must divide the {k} columns of weight")
+    values = np.empty((n, k // 2), np.uint8)
+    scales = np.empty((n, k // group), np.float32)
+    _native.quantize_int4(weight, values, scales)
+    return Int4Weight(values, scales)
 
 
 def pack_int8_dot(weight: Weight) -> Int8DotWeight:

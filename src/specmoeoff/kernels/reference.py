@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from specmoeoff.kernels.weights import Int8DotWeight, Int8Weight
+from specmoeoff.kernels.weights import Int4Weight, Int8DotWeight, Int8Weight
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,6 +31,13 @@ def widen(weight: Weight) -> F32:
         groups = weight.scales.shape[1]
         values = weight.values.astype(np.float32).reshape(n, groups, k // groups)
         return (values * weight.scales[:, :, None]).reshape(n, k)
+    if isinstance(weight, Int4Weight):
+        n, k = weight.shape
+        runs = weight.values.reshape(n, k // 32, 1, 16)
+        nibbles = np.concatenate([runs & 15, runs >> 4], axis=2).astype(np.float32) - 8
+        groups = weight.scales.shape[1]
+        scaled = nibbles.reshape(n, groups, k // groups) * weight.scales[:, :, None]
+        return scaled.reshape(n, k)
     if isinstance(weight, Int8DotWeight):
         return _unpack(weight) * weight.scales[:, None]
     if weight.dtype == np.uint16:
@@ -55,6 +62,23 @@ def quantize_int8(weight: Weight, group: int | None = None) -> Int8Weight:
     safe = np.where(scales == 0, np.float32(1), scales)
     values = np.rint(w / safe[:, :, None]).clip(-127, 127).astype(np.int8)
     return Int8Weight(values.reshape(n, k), np.ascontiguousarray(scales, np.float32))
+
+
+def quantize_int4(weight: Weight, group: int = 32) -> Int4Weight:
+    """Quantise a matrix [N, K] to int4 by its largest magnitude per run of 32, 64 or 128.
+
+    Integers are -7 to 7, a scale is the largest magnitude of its run / 7; K is a multiple of
+    ``group``.
+    """
+    w = widen(weight)
+    n, k = w.shape
+    w = w.reshape(n, -1, group)
+    scales = np.abs(w).max(axis=2) / np.float32(7)
+    safe = np.where(scales == 0, np.float32(1), scales)
+    values = np.rint(w / safe[:, :, None]).clip(-7, 7) + 8
+    runs = values.astype(np.uint8).reshape(n, k // 32, 2, 16)
+    packed = (runs[:, :, 0] + 16 * runs[:, :, 1]).astype(np.uint8).reshape(n, k // 2)
+    return Int4Weight(packed, np.ascontiguousarray(scales, np.float32))
 
 
 def pack_int8_dot(weight: Weight) -> Int8DotWeight:

@@ -1,4 +1,4 @@
-"""What a weight matrix can be: float32, float16, bfloat16 bits, or one of two forms of int8.
+"""What a weight matrix can be: float32, float16, bfloat16 bits, int4, or one of two forms of int8.
 
 Names for the arrays that kernels take, too. What is done with them is in ``reference``.
 """
@@ -25,6 +25,27 @@ class Int8Weight:
     """[N, K]"""
     scales: F32
     """[N, K // group]; a group is a run of the inner dimension, K itself for one scale per row."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and scales."""
+        return self.values.nbytes + self.scales.nbytes
+
+
+@dataclass(frozen=True)
+class Int4Weight:
+    """A matrix quantised to int4, symmetric, with float32 scales along the inner dimension."""
+
+    values: NDArray[np.uint8]
+    """[N, K // 2]; 16 bytes hold 32 elements of a row: byte j has element j in its low four bits
+    and element 16 + j in its high ones, as integers -8 to 7 with 8 added."""
+    scales: F32
+    """[N, K // group]; a group is a run of 32, 64 or 128 of the inner dimension."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, K)."""
+        return (*self.values.shape[:-1], 2 * self.values.shape[-1])
 
     @property
     def nbytes(self) -> int:
@@ -60,7 +81,7 @@ def packed_int8_bytes(n: int, k: int) -> int:
     return -(-n // 16) * 16 * -(-k // 4) * 4 + 4 * n
 
 
-Weight = NDArray[np.generic] | Int8Weight | Int8DotWeight
+Weight = NDArray[np.generic] | Int8Weight | Int4Weight | Int8DotWeight
 
 Activations = Literal["float32", "bfloat16"]
 """What activations are rounded to before a product; an Int8DotWeight rounds them to int8 anyway."""

@@ -13,8 +13,8 @@
 // An output element is a chain over visible tokens in rising order. The softmax sum has 16 partials
 // (token mod 16), combined as (j, j+8), (j, j+4), (j, j+2), (j, j+1). The running maximum, sum and
 // output restart every kRange tokens, and the ranges are combined in rising order. The result is
-// multiplied by the reciprocal of the sum. Page size,
-// number of queries, tiling, batch mates, threads and CPU target change none of this.
+// multiplied by the reciprocal of the sum. Page size, number of queries, tiling, batch mates,
+// threads and CPU target change none of this.
 #pragma once
 
 #include <cstddef>

@@ -137,6 +137,25 @@ def test_the_smallest_budget_works_and_less_does_not(
     assert ("draft weights" in message) == (method == "draft_model")
 
 
+def test_a_draft_that_may_rest_is_left_out_where_it_cannot_pay(target: Path, draft: Path) -> None:
+    adaptive = speculative_of("draft_model", draft, adaptive=True)
+    memory = smallest_budget(target, speculative_of("draft_model", draft)) + MIB
+    alone = EngineConfig(str(target), memory=memory, speculative=adaptive, max_num_seqs=1)
+    off = plan_memory(replace(alone, speculative=None))
+    left_out = plan_memory(alone)
+    assert "with max_num_seqs 1 " in left_out.left_out
+    assert replace(left_out, left_out="") == off
+    together = plan_memory(replace(alone, max_num_seqs=64))
+    assert together.left_out == ""
+    assert "draft weights" in dict(together.reservations)
+    # Asked for without leave to rest, it is there.
+    fixed = replace(alone, speculative=speculative_of("draft_model", draft))
+    assert "draft weights" in dict(plan_memory(fixed).reservations)
+    # And where there is no room for it, an adaptive one costs nothing.
+    tight = replace(alone, memory=smallest_budget(target), max_num_seqs=64)
+    assert plan_memory(tight).left_out == "the budget has no room for it"
+
+
 def test_each_cache_is_planned_in_its_own_dtype(target: Path, draft: Path) -> None:
     def plan(kv_dtype: KvDtype, **options: Any) -> MemoryPlan:
         speculative = speculative_of("draft_model", draft, **options)

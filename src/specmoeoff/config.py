@@ -197,6 +197,8 @@ class Policy:
     max_model_len: int = 0
     dtype: Dtype = "float32"
     """What the target's activations are rounded to before each product."""
+    left_out: str = ""
+    """Why a draft that was asked for is not loaded; empty if it is, or none was asked for."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the policy as plain data for ``--json``."""

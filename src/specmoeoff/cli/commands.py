@@ -288,8 +288,8 @@ def demo(
         str, typer.Option("--memory", "-m", metavar="SIZE", help="Budget of each of the two runs.")
     ] = "1GiB",
     max_tokens: Annotated[
-        int, typer.Option("--max-tokens", "-n", metavar="N", help="Tokens per answer.")
-    ] = 64,
+        int, typer.Option("--max-tokens", "-n", metavar="N", help="Most tokens per answer.")
+    ] = 256,
     num_speculative_tokens: Annotated[
         int, typer.Option("--num-speculative-tokens", "-k", metavar="K", help="Tokens drafted.")
     ] = 4,

@@ -99,6 +99,7 @@ def _policy_rows(policy: Policy) -> list[tuple[str, str]]:
         ("tokens per step", str(policy.max_num_batched_tokens)),
         ("longest sequence", f"{policy.max_model_len} tokens"),
         ("activations in products", policy.dtype),
+        *([("draft is left out", policy.left_out)] if policy.left_out else []),
     ]
 
 

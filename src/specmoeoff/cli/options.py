@@ -140,7 +140,7 @@ class DemoOptions:
     drop_layers: tuple[int, ...] = ()
     seed: int = 0
     memory: str = "1GiB"
-    max_tokens: int = 64
+    max_tokens: int = 256
     num_speculative_tokens: int = 4
     json: bool = False
 

@@ -13,8 +13,8 @@ from specmoeoff.engine.memory_plan import (
     DRAFT_ROWS,
     MemoryPlan,
     draft_kv_dtype,
-    make_plan,
     open_models,
+    plan_models,
 )
 from specmoeoff.engine.weights import Loader, ModelWeights, load_dense, load_whole
 from specmoeoff.errors import InvalidInputError
@@ -57,7 +57,7 @@ def build_engine(config: EngineConfig) -> Engine:
     kernels.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
     return_large_blocks()
     target_files, draft_files = open_models(config)
-    plan = make_plan(config, target_files, draft_files)
+    plan, draft_files = plan_models(config, target_files, draft_files)
     weights = load_dense(target_files.model, Loader(target_files.checkpoint))
     kv = _kv_cache(target_files.model.config, config.kv_dtype, plan.kv_pages)
     caches = [kv]
@@ -73,7 +73,7 @@ def build_engine(config: EngineConfig) -> Engine:
             DRAFT_ROWS,
             plan.distribution_bytes,
         )
-    elif config.speculative is not None:
+    elif config.speculative is not None and config.speculative.method == "ngram":
         drafter = NgramDrafting(config.speculative)
     elastic_bytes = plan.elastic_bytes + shared_bytes
     reader = Reader()

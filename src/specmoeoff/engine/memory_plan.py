@@ -8,10 +8,11 @@ elastic: expert slots, of which the KV caches take what sequences need while the
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from specmoeoff.config import EngineConfig, KvDtype, ModelConfig, Policy
+from specmoeoff.engine.draft_worth import Streaming, can_pay
 from specmoeoff.engine.dtype import choose_dtype
 from specmoeoff.engine.model_files import ModelFiles, check_pair
 from specmoeoff.engine.weights import Loader
@@ -84,8 +85,41 @@ def plan_memory(config: EngineConfig) -> Policy:
         DoesNotFitError: The budget is too small; the message has the arithmetic.
         CheckpointError: A model cannot be used.
     """
-    target, draft = open_models(config)
-    return make_plan(config, target, draft).policy
+    return plan_models(config, *open_models(config))[0].policy
+
+
+def plan_models(
+    config: EngineConfig, target: ModelFiles, draft: ModelFiles | None
+) -> tuple[MemoryPlan, ModelFiles | None]:
+    """Split the budget, and leave out a draft that may be left out and could not pay.
+
+    Returns:
+        The plan and the draft to load, if any.
+    """
+    if draft is None or config.speculative is None or not config.speculative.adaptive:
+        return make_plan(config, target, draft), draft
+    without = make_plan(replace(config, speculative=None), target, None)
+    model, slots = target.model.config, without.policy.num_expert_slots
+    try:
+        plan = make_plan(config, target, draft)
+    except DoesNotFitError:
+        reason = "the budget has no room for it"
+    else:
+        streaming = Streaming(
+            target.model.num_ffn_experts,
+            max(model.num_experts_per_tok, 1),
+            model.num_layers * target.model.num_ffn_experts,
+            slots,
+            plan.policy.num_expert_slots,
+        )
+        most = config.speculative.num_speculative_tokens
+        if can_pay(streaming, config.max_num_seqs, most):
+            return plan, draft
+        reason = (
+            f"with max_num_seqs {config.max_num_seqs} its tokens would want more experts than "
+            f"they save, and it would take {slots - plan.policy.num_expert_slots} slots"
+        )
+    return replace(without, policy=replace(without.policy, left_out=reason)), None
 
 
 def open_models(config: EngineConfig) -> tuple[ModelFiles, ModelFiles | None]:

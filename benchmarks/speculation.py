@@ -63,6 +63,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--stop-at-eos", action="store_true", help="answers end where the model ends them"
     )
+    parser.add_argument("--dtype", default="float32", help="what activations are rounded to")
     Limits.add_options(parser, timeout_s=900)
     return parser.parse_args()
 
@@ -77,6 +78,7 @@ def _jobs(options: argparse.Namespace, batch: int) -> dict[str, EngineJob]:
         [prompts[i : i + batch] for i in range(0, len(prompts), batch)],
         options.max_tokens,
         ignore_eos=not options.stop_at_eos,
+        options={"dtype": options.dtype},
     )
     jobs = {OFF: off}
     for draft in options.draft:

@@ -192,7 +192,7 @@ def test_bad_usage_is_one_line_and_exit_code_2(
 
 
 def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("generate", "chat", "doctor", "demo"):
+    for command in ("generate", "chat", "doctor", "trace", "demo"):
         assert call(command, "--help") == 0
         assert "Examples:" in capsys.readouterr().out
     assert call() == 0

@@ -17,7 +17,7 @@ from specmoeoff.pipeline.costs import Costs, Rate
 from specmoeoff.pipeline.picture import draw
 from specmoeoff.pipeline.plan import LANES, Op, Plan
 from specmoeoff.pipeline.simulator import simulate, simulate_steps
-from specmoeoff.pipeline.timeline import Ran, Timeline
+from specmoeoff.pipeline.timeline import Ran, Timeline, lane_shares
 from specmoeoff.pipeline.trace import to_chrome
 from specmoeoff.pipeline.tune import steps_of
 
@@ -129,6 +129,15 @@ def test_the_critical_path_explains_the_whole_step(made: Plan) -> None:
     assert [timeline.ran[number].start_s for number in path] == [0.0, *ends[:-1]]
 
 
+def test_shares_of_lanes_count_the_time_between_steps() -> None:
+    """Two steps of 5 s with 1 s between: the link loads for 4 s of each, 8 of 11 in all."""
+    shares = lane_shares(two_steps())
+    assert shares["h2d"] == pytest.approx(8 / 11)
+    assert shares["device"] == pytest.approx(4 / 11)
+    assert lane_shares([]) == dict.fromkeys(LANES, 0.0)
+    assert lane_shares([Timeline(plan(), {})]) == dict.fromkeys(LANES, 0.0)
+
+
 def test_an_empty_step_takes_no_time() -> None:
     timeline = Timeline(plan(), {})
     assert (timeline.step_s, timeline.critical_path()) == (0.0, [])
@@ -171,7 +180,8 @@ def two_steps() -> list[Timeline]:
         Op("experts", "device", layer=1, experts=(2,), num_bytes=2, waits=(0,)),
         Op("load", "h2d", layer=0, experts=(0,), num_bytes=1, ahead=True, waits=(0,)),
     )
-    return [simulate(made, A_SECOND_A_BYTE)] * 2
+    first = simulate(made, A_SECOND_A_BYTE)
+    return [first, replace(first, begin_s=6.0)]
 
 
 def test_a_trace_has_a_named_track_for_each_lane() -> None:
@@ -188,7 +198,7 @@ def test_a_trace_has_a_named_track_for_each_lane() -> None:
         ("device", "experts L1 E2", 3e6, 2e6),
         ("h2d", "load L0 E0", 3e6, 1e6),
     ]
-    assert [ts for _, _, ts, _ in shown[3:]] == [5e6, 8e6, 8e6]
+    assert [ts for _, _, ts, _ in shown[3:]] == [6e6, 9e6, 9e6]
     assert [e["args"]["on the critical path"] for e in events[:3]] == [True, True, False]
     assert events[2]["args"]["for the next step"] is True
     assert events[1]["args"]["waits for ops"] == [0]

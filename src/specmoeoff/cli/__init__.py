@@ -1,4 +1,4 @@
-"""The command line: ``specmoeoff generate | chat | doctor | demo``."""
+"""The command line: ``specmoeoff generate | chat | doctor | trace | demo``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ def main() -> NoReturn:
 
 def _run() -> int:
     from specmoeoff.cli import app, fresh
-    from specmoeoff.cli.options import ChatOptions, DemoOptions, DoctorOptions, GenerateOptions
+    from specmoeoff.cli.options import (
+        ChatOptions,
+        DemoOptions,
+        DoctorOptions,
+        GenerateOptions,
+        TraceOptions,
+    )
 
     options = app.parse(sys.argv[1:])
     match options:
@@ -25,6 +31,10 @@ def _run() -> int:
             from specmoeoff.cli import doctor
 
             return doctor.run(options)
+        case TraceOptions():
+            from specmoeoff.cli import trace
+
+            return trace.run(options)
         case DemoOptions():
             from specmoeoff.cli import demo
 

@@ -6,15 +6,24 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from specmoeoff.cli import texts, trace_command
 from specmoeoff.cli.commands import app
 from specmoeoff.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from specmoeoff.cli.options import ChatOptions, DemoOptions, DoctorOptions, GenerateOptions
+    from specmoeoff.cli.options import (
+        ChatOptions,
+        DemoOptions,
+        DoctorOptions,
+        GenerateOptions,
+        TraceOptions,
+    )
 
-    Options = GenerateOptions | ChatOptions | DoctorOptions | DemoOptions
+    Options = GenerateOptions | ChatOptions | DoctorOptions | TraceOptions | DemoOptions
+
+app.command(epilog=texts.TRACE_EXAMPLES, help=texts.TRACE)(trace_command.trace)
 
 
 def parse(arguments: Sequence[str]) -> Options | int:

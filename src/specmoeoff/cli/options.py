@@ -145,6 +145,26 @@ class DemoOptions:
     json: bool = False
 
 
+@dataclass(frozen=True)
+class TraceOptions:
+    """``specmoeoff trace``."""
+
+    engine: EngineOptions
+    output: str
+    png: str | None = None
+    schedule: str = "specmoeoff"
+    device: str = "cpu"
+    device_memory: str | None = None
+    host: str = "a30"
+    scale: float = 1.0
+    num_seqs: int = 8
+    num_micro_batches: int = 2
+    context: int = 64
+    num_steps: int = 2
+    simulate: bool = False
+    json: bool = False
+
+
 def sampling_params(given: Mapping[str, Any]) -> SamplingParams:
     """Return the parameters of a run: greedy unless a temperature was given.
 

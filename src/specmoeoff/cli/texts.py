@@ -37,6 +37,20 @@ DOCTOR_EXAMPLES = (
     "specmoeoff doctor MODEL --memory 1GiB --draft DRAFT   (exit code 3 if it does not fit)"
 )
 
+TRACE_EXAMPLES = (
+    "Examples:\n\n"
+    "specmoeoff trace MODEL -o step.json --memory 1GiB --png step.png\n\n"
+    "specmoeoff trace MODEL -o step.json --device sim --device-memory 400MB --scale 0.001\n\n"
+    "specmoeoff trace MODEL -o step.json --device sim --device-memory 24GB --simulate"
+)
+
+TRACE = (
+    "Run decoding steps by a plan and write when each op ran, for Perfetto (ui.perfetto.dev).\n\n"
+    "'--device cpu' measures this machine; '--device sim' runs on a simulated device behind links "
+    "and processors of a set speed; '--simulate' runs nothing and prices the plan on those speeds, "
+    "from the model's file headers alone."
+)
+
 DEMO_EXAMPLES = (
     "Examples:\n\n"
     "specmoeoff demo\n\n"

@@ -7,6 +7,7 @@ set speed. Weights lie in host memory if they fit there, else they come from dis
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -22,13 +23,21 @@ from specmoeoff.offload.reader import Reader
 from specmoeoff.offload.tiers import Tier
 from specmoeoff.pipeline.executor import Executor, SerialExecutor
 from specmoeoff.pipeline.overlapped import OverlappedExecutor
-from specmoeoff.pipeline.schedules.shape import CPU, DEVICE, DEVICE_AND_DISK, Placement
+from specmoeoff.pipeline.schedules.shape import (
+    CPU,
+    DEVICE,
+    DEVICE_AND_DISK,
+    MicroBatch,
+    Placement,
+    StepShape,
+)
 
 if TYPE_CHECKING:
     from specmoeoff.config import EngineConfig
     from specmoeoff.pipeline.costs import Costs
 
 DeviceKind = Literal["cpu", "sim"]
+KV_ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1}
 HOST_SLOTS = 4
 """Experts on their way from disk to the device; one arrives while another leaves."""
 
@@ -52,6 +61,11 @@ class PlannedConfig:
     """Speeds that the simulated device and its links are held to."""
     overlapped: bool = True
     """Whether lanes run side by side."""
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the KV cache."""
+        return self.num_seqs * -(-self.max_len // PAGE_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -77,16 +91,8 @@ def open_planned(config: EngineConfig, wanted: PlannedConfig) -> Planned:
     """
     files = ModelFiles.open(config.model)
     kernels.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
-    pages = wanted.num_seqs * -(-wanted.max_len // PAGE_TOKENS)
+    tiers, num_slots, placement = _split(config, wanted, files)
     model = files.model.config
-    kv_bytes = pages * page_bytes(
-        model.num_layers, model.num_kv_heads, model.head_dim, config.kv_dtype, PAGE_TOKENS
-    )
-    if wanted.device == "cpu":
-        tiers, num_slots = _split_cpu(config, files, kv_bytes)
-        placement = CPU
-    else:
-        tiers, num_slots, placement = _split_sim(config, wanted, files, kv_bytes)
     reader = Reader()
     experts = PlannedExperts(files.expert_layouts(), num_slots, reader)
     if placement is DEVICE:
@@ -110,7 +116,7 @@ def open_planned(config: EngineConfig, wanted: PlannedConfig) -> Planned:
             model.num_layers,
             model.num_kv_heads,
             model.head_dim,
-            pages,
+            wanted.num_pages,
             config.kv_dtype,
             PAGE_TOKENS,
         ),
@@ -120,10 +126,45 @@ def open_planned(config: EngineConfig, wanted: PlannedConfig) -> Planned:
     return Planned(forward, reader, tiers)
 
 
+def decoding_shape(config: EngineConfig, wanted: PlannedConfig) -> StepShape:
+    """Return the shape of a decoding step from file headers alone, at its longest.
+
+    Raises:
+        CheckpointError: The model cannot be used.
+        DoesNotFitError: A tier is too small.
+    """
+    files = ModelFiles.open(config.model)
+    _, num_slots, placement = _split(config, wanted, files)
+    count = min(wanted.num_micro_batches, wanted.num_seqs)
+    bounds = [wanted.num_seqs * m // count for m in range(count + 1)]
+    sizes = [b - a for a, b in itertools.pairwise(bounds)]
+    return StepShape(
+        files.model.config,
+        tuple(MicroBatch(size, size, size * wanted.max_len, size) for size in sizes),
+        placement,
+        num_slots,
+        slot_bytes(files.expert_layouts()),
+        kv_item_bytes=KV_ITEM_BYTES[config.kv_dtype],
+        host_slots=HOST_SLOTS,
+    )
+
+
+def _split(
+    config: EngineConfig, wanted: PlannedConfig, files: ModelFiles
+) -> tuple[tuple[Tier, ...], int, Placement]:
+    """Return the tiers, the slots where experts are used, and how experts get there."""
+    model = files.model.config
+    kv_bytes = wanted.num_pages * page_bytes(
+        model.num_layers, model.num_kv_heads, model.head_dim, config.kv_dtype, PAGE_TOKENS
+    )
+    if wanted.device == "cpu":
+        return _split_cpu(config, files, kv_bytes)
+    return _split_sim(config, wanted, files, kv_bytes)
+
+
 def _split_cpu(
     config: EngineConfig, files: ModelFiles, kv_bytes: int
-) -> tuple[tuple[Tier, ...], int]:
-    """Return the memory's tier and how many expert slots it has room for."""
+) -> tuple[tuple[Tier, ...], int, Placement]:
     plan = make_plan(config, files, None)
     slot = plan.policy.expert_slot_bytes
     memory = Tier("main", plan.policy.memory)
@@ -133,13 +174,12 @@ def _split_cpu(
     memory.reserve("KV cache", kv_bytes)
     num_slots = _slots(files, memory, slot)
     memory.reserve("expert slots", num_slots * slot)
-    return (memory,), num_slots
+    return (memory,), num_slots, CPU
 
 
 def _split_sim(
     config: EngineConfig, wanted: PlannedConfig, files: ModelFiles, kv_bytes: int
 ) -> tuple[tuple[Tier, ...], int, Placement]:
-    """Return host and device tiers, the device's expert slots, and where weights come from."""
     slot = slot_bytes(files.expert_layouts())
     device = Tier("device", wanted.device_memory)
     device.reserve("dense weights", files.dense_bytes(Loader(files.checkpoint)))

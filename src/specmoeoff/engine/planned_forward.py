@@ -93,7 +93,7 @@ class PlannedForward:
             OpError: Any other failure of an op.
         """
         batches = cut(spans, self.machine.num_micro_batches)
-        shape = self.shape(batches)
+        shape = self._shape(batches)
         plan = build_plan(self.machine.schedule, shape, self._held)
         self._reserve(plan, shape)
         self._experts.keep(_staying(plan, shape))
@@ -132,8 +132,21 @@ class PlannedForward:
         """Return the largest logit and its token of each hidden state, [R] each."""
         return self.model.head_best(self._weights.globals, hidden)
 
-    def shape(self, batches: Sequence[Sequence[Span]]) -> StepShape:
-        """Return what schedules are told of a pass over these micro-batches."""
+    def shape_of(self, spans: Sequence[Span]) -> StepShape:
+        """Return what schedules are told of a pass over these spans."""
+        return self._shape(cut(spans, self.machine.num_micro_batches))
+
+    def tune(self, chosen: StepShape) -> None:
+        """Take over the waves and the ring of a shape; the next pass begins with an empty belt."""
+        self.machine.executor.settle()
+        self.machine = replace(self.machine, waves=chosen.waves, ring_slots=chosen.ring_slots)
+        self._held = ()
+
+    def close(self) -> None:
+        """End the lanes."""
+        self.machine.executor.close()
+
+    def _shape(self, batches: Sequence[Sequence[Span]]) -> StepShape:
         return StepShape(
             config=self.model.config,
             micro_batches=tuple(_micro_batch(batch) for batch in batches),
@@ -145,17 +158,6 @@ class PlannedForward:
             waves=self.machine.waves,
             ring_slots=self.machine.ring_slots,
         )
-
-    def tune(self, machine_fields: StepShape) -> None:
-        """Take over the waves and the ring that were chosen for such steps."""
-        self.machine = replace(
-            self.machine, waves=machine_fields.waves, ring_slots=machine_fields.ring_slots
-        )
-        self._held = ()
-
-    def close(self) -> None:
-        """End the lanes."""
-        self.machine.executor.close()
 
     def _reserve(self, plan: Plan, shape: StepShape) -> None:
         if self._device is None:

@@ -38,6 +38,13 @@ class Executor(Protocol):
             OpError: An op failed; none is running any more, or it is named by the next run.
         """
 
+    def settle(self) -> None:
+        """Wait for what was done ahead.
+
+        Raises:
+            OpError: One of those ops failed.
+        """
+
     def close(self) -> None:
         """Give up what is running and end all threads, within two seconds."""
 
@@ -72,7 +79,10 @@ class SerialExecutor:
             except Exception as error:
                 raise op_error(plan, number, error) from error
             ran[number] = Ran(start_s, time.perf_counter() - begin)
-        return FinishedStep(Timeline(plan, ran))
+        return FinishedStep(Timeline(plan, ran, begin))
+
+    def settle(self) -> None:
+        """Nothing runs on."""
 
     def close(self) -> None:
         """Nothing to end."""

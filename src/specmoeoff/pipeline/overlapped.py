@@ -65,7 +65,7 @@ class OverlappedStep:
     def timeline(self) -> Timeline:
         """Return when the ops that have ended ran."""
         with self._lock:
-            return Timeline(self.plan, dict(self.ran))
+            return Timeline(self.plan, dict(self.ran), self.begin)
 
 
 class OverlappedExecutor:

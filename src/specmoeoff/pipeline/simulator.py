@@ -7,7 +7,6 @@ the lane is free, the first listed first. So its timelines are comparable with m
 from __future__ import annotations
 
 import heapq
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from specmoeoff.pipeline.chain import chain
@@ -70,6 +69,6 @@ def simulate_steps(plans: Sequence[Plan], costs: Costs) -> list[Timeline]:
         timeline = Timeline(plan, ran)
         end_s = timeline.step_s
         shifted = {n: Ran(r.start_s - start_s, r.end_s - start_s) for n, r in ran.items()}
-        timelines.append(replace(timeline, ran=shifted))
+        timelines.append(Timeline(plan, shifted, start_s))
         first, start_s = first + len(plan.ops), end_s
     return timelines

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from specmoeoff.pipeline.plan import LANES, Lane, Plan
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Timeline:
 
     plan: Plan
     ran: Mapping[int, Ran]
+    begin_s: float = 0.0
+    """When the step began, on the clock that it shares with steps before and after it."""
 
     @property
     def step_s(self) -> float:
@@ -80,3 +82,18 @@ class Timeline:
                 before[number] = last[lane]
             last[lane] = number
         return before
+
+
+def lane_shares(steps: Sequence[Timeline]) -> dict[Lane, float]:
+    """Return each lane's share of the time from the first step's begin to the last one's end.
+
+    The time between steps counts, and what is done ahead counts when it runs.
+    """
+    if not steps:
+        return dict.fromkeys(LANES, 0.0)
+    first, last = steps[0].begin_s, steps[-1].begin_s + steps[-1].step_s
+    shares = dict.fromkeys(LANES, 0.0)
+    for step in steps:
+        for lane, seconds in step.busy_s(first - step.begin_s, last - step.begin_s).items():
+            shares[lane] += seconds / (last - first) if last > first else 0.0
+    return shares

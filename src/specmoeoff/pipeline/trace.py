@@ -19,7 +19,7 @@ def to_chrome(steps: Sequence[Timeline], about: Mapping[str, str] | None = None)
     """Return steps that follow one another in the Trace Event Format.
 
     Args:
-        steps: Timelines; each begins where the one before has ended.
+        steps: Timelines on one clock.
         about: Facts that go with the trace, such as whether it was measured or simulated.
     """
     lanes = [lane for lane in LANES if any(op.lane == lane for s in steps for op in s.plan.ops)]
@@ -28,8 +28,8 @@ def to_chrome(steps: Sequence[Timeline], about: Mapping[str, str] | None = None)
     for track, lane in enumerate(lanes):
         events.append(_metadata("thread_name", track, name=lane))
         events.append(_metadata("thread_sort_index", track, sort_index=track))
-    begin = 0.0
     for step in steps:
+        begin = step.begin_s - steps[0].begin_s
         critical = set(step.critical_path())
         for number, ran in sorted(step.ran.items()):
             op = step.plan.ops[number]
@@ -45,7 +45,6 @@ def to_chrome(steps: Sequence[Timeline], about: Mapping[str, str] | None = None)
                     "args": _facts(number, op, number in critical),
                 }
             )
-        begin += step.step_s
     other = {"schedule": name, **(about or {})}
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms", "otherData": other})
 

@@ -1,0 +1,177 @@
+"""The six schedules side by side: the same model, memory and kernels, without speculation.
+
+With a model, steps are run: on this machine, or on a simulated device whose links and processors
+are held to a set speed. Beside each measured step stands the simulator's, at the speeds that were
+set or measured. Without a model nothing is run: a Mixtral 8x7B is priced at a host's peak speeds.
+
+    python benchmarks/schedules.py --host a30 --batch 1 16 64 256 1817
+    python benchmarks/schedules.py --target DIR --device sim --device-memory 20MB --scale 0.001
+    python benchmarks/schedules.py --target DIR --device cpu --memory 1GiB
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.machine import machine
+from harness.table import table
+from specmoeoff.config import EngineConfig, ModelConfig, RopeConfig
+from specmoeoff.engine.planned_build import PlannedConfig, open_planned
+from specmoeoff.engine.record import longest, record
+from specmoeoff.memory_size import parse_memory_size
+from specmoeoff.pipeline.hosts import costs_of
+from specmoeoff.pipeline.picture import draw
+from specmoeoff.pipeline.schedules import SCHEDULES
+from specmoeoff.pipeline.schedules.shape import DEVICE, Draft, MicroBatch, StepShape
+from specmoeoff.pipeline.simulator import simulate_steps
+from specmoeoff.pipeline.timeline import Timeline, lane_shares
+from specmoeoff.pipeline.tune import steady_step_s, steps_of, tuned
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MIXTRAL = ModelConfig(
+    model_type="mixtral",
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=32768,
+    rope=RopeConfig(theta=1e6),
+    num_experts=8,
+    num_experts_per_tok=2,
+)
+MIXTRAL_EXPERT_BYTES = 3 * 4096 * 14336 * 2
+MIXTRAL_OTHER_BYTES = int(5e9)
+"""Dense weights (3.2 GB) and activations."""
+EAGLE = Draft(num_tokens=4, weight_bytes=int(1.6e9), num_weights=int(0.8e9))
+
+
+@dataclass(frozen=True)
+class Result:
+    """One schedule at one batch."""
+
+    schedule: str
+    batch: int
+    step_s: float
+    simulated_s: float
+    lane_shares: dict[str, float]
+    timeline: Timeline
+
+
+def main() -> None:
+    """Run or price every schedule at every batch."""
+    options = _options()
+    results = list(_measured(options) if options.target else _priced(options))
+    names = list(SCHEDULES)
+    rows = []
+    for name in names:
+        row = [name]
+        for batch in options.batch:
+            result = _find(results, name, batch)
+            cell = f"{result.step_s * 1e3:.4g}"
+            row.append(f"{cell} ({result.simulated_s * 1e3:.4g})" if options.target else cell)
+        rows.append(row)
+    title = "milliseconds a step, measured (simulated)" if options.target else "simulated ms a step"
+    print(table([title, *(f"batch {batch}" for batch in options.batch)], rows))
+    if options.png is not None:
+        last = options.batch[-1]
+        draw([(n, _find(results, n, last).timeline) for n in names], options.png)
+    found = [
+        {
+            "schedule": r.schedule,
+            "batch": r.batch,
+            "step_s": r.step_s,
+            "simulated_s": r.simulated_s,
+            "lane_shares": {lane: share for lane, share in r.lane_shares.items() if share},
+        }
+        for r in results
+    ]
+    asked = {key: str(value) for key, value in vars(options).items()}
+    print(json.dumps({"machine": machine(), "options": asked, "results": found}))
+
+
+def _find(results: list[Result], schedule: str, batch: int) -> Result:
+    return next(r for r in results if (r.schedule, r.batch) == (schedule, batch))
+
+
+def _priced(options: argparse.Namespace) -> Iterator[Result]:
+    costs = costs_of(options.host, options.scale)
+    memory = parse_memory_size(options.device_memory or "24GB")
+    for batch in options.batch:
+        count = min(options.micro_batches, batch)
+        sizes = [batch * (m + 1) // count - batch * m // count for m in range(count)]
+        n = options.verified
+        batches = tuple(MicroBatch(s * n, s, s * options.context, s * n) for s in sizes)
+        shape = StepShape(
+            MIXTRAL,
+            batches,
+            DEVICE,
+            (memory - MIXTRAL_OTHER_BYTES) // MIXTRAL_EXPERT_BYTES,
+            MIXTRAL_EXPERT_BYTES,
+            draft=EAGLE if n > 1 else None,
+        )
+        best = tuned(shape, costs)
+        for name in SCHEDULES:
+            steps = simulate_steps(steps_of(name, best, 4), costs)[1:]
+            step_s = steps[-1].step_s
+            yield Result(name, batch, step_s, step_s, dict(lane_shares(steps)), steps[-1])
+
+
+def _measured(options: argparse.Namespace) -> Iterator[Result]:
+    costs = costs_of(options.host, options.scale) if options.device == "sim" else None
+    for batch in options.batch:
+        for name in SCHEDULES:
+            wanted = PlannedConfig(
+                schedule=name,
+                device=options.device,
+                num_micro_batches=min(options.micro_batches, batch),
+                num_seqs=batch,
+                max_len=longest(options.context, options.steps),
+                max_tokens=max(batch, 512),
+                device_memory=parse_memory_size(options.device_memory or "0B"),
+                costs=costs,
+            )
+            memory = parse_memory_size(options.memory) if options.memory else None
+            planned = open_planned(EngineConfig(model=str(options.target), memory=memory), wanted)
+            try:
+                made = record(
+                    planned.forward, batch, options.context, options.steps, wanted.max_tokens
+                )
+            finally:
+                planned.close()
+            best = min(made.timelines, key=lambda timeline: timeline.step_s)
+            simulated_s = steady_step_s(name, made.shape, costs or made.costs)
+            shares = dict(lane_shares(made.timelines))
+            result = Result(name, batch, best.step_s, simulated_s, shares, best)
+            print(f"# {name} {batch}: {best.step_s:.4f} s ({simulated_s:.4f})", flush=True)
+            yield result
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--target", type=Path, help="a model; without one a Mixtral is priced")
+    parser.add_argument("--device", choices=("cpu", "sim"), default="sim")
+    parser.add_argument("--memory", help="of the process (cpu), or of the simulated host")
+    parser.add_argument("--device-memory")
+    parser.add_argument("--host", default="a30")
+    parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64, 256])
+    parser.add_argument("--micro-batches", type=int, default=4)
+    parser.add_argument("--context", type=int, default=576)
+    parser.add_argument("--verified", type=int, default=1, help="tokens a sequence and step")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--png", type=Path)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

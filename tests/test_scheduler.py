@@ -8,6 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from specmoeoff.engine.expected_output import PRIOR_TOKENS, WINDOW, ExpectedOutput
 from specmoeoff.engine.scheduler import Scheduled, Scheduler
 from specmoeoff.engine.sequence import Request, Sequence
 from specmoeoff.offload.kv_cache import KvCache
@@ -131,18 +132,32 @@ def test_decoding_goes_on_while_a_long_prompt_rides_along() -> None:
 
 
 def test_the_youngest_gives_way_and_comes_back_first() -> None:
-    scheduler, kv, preempted = make_scheduler(21)
-    old, young, third = (make_sequence(8, 60) for _ in range(3))
+    """Two are expected to say 128 tokens and say 200."""
+    scheduler, kv, preempted = make_scheduler(2 * (8 + 128) // PAGE)
+    old, young, third = (make_sequence(8, 200) for _ in range(3))
     for sequence in (old, young, third):
         scheduler.add(sequence)
-    for _ in range(34):
+    while len(old.token_ids) < 8 + 130:
         assert not preempted
-        work = scheduler.schedule(0)
-        run_step(scheduler, kv, work, lambda k: 0)
+        run_step(scheduler, kv, scheduler.schedule(0), lambda k: 0)
     assert preempted == [young]
     assert list(scheduler.waiting) == [young, third]
     assert young.kv.pages == []
     assert young.num_unread == len(young.token_ids) > 8, "its tokens are kept"
+
+
+def test_those_that_decode_go_before_an_older_prompt() -> None:
+    scheduler, kv, _ = make_scheduler(100, max_tokens=8)
+    old, young = make_sequence(4, 9), make_sequence(2, 20)
+    scheduler.add(old)
+    scheduler.add(young)
+    run_step(scheduler, kv, scheduler.schedule(0), lambda k: 0)
+    # As if it started over with much to read again, older than the other still.
+    kv.free(old.kv)
+    old.token_ids[:0] = [7] * 40
+    first, second = scheduler.schedule(2)
+    assert (first.sequence, first.num_tokens, first.num_drafts) == (young, 1, 2)
+    assert (second.sequence, second.num_tokens) == (old, 5)
 
 
 def test_who_preempts_itself_when_alone_starts_over_in_the_same_step() -> None:
@@ -171,3 +186,114 @@ def test_drafts_are_given_up_before_anyone_is_preempted() -> None:
     (work,) = scheduler.schedule(8)
     assert work.num_drafts == 0
     assert not preempted
+
+
+# Admission ----------------------------------------------------------------------------------------
+
+
+def expected_pages(kv: KvCache, sequences: list[Sequence], output: ExpectedOutput) -> int:
+    """Return the pages that sequences are expected to fill, from the definition."""
+    lengths = [
+        len(s.request.prompt_token_ids)
+        + min(output.of(s.num_output_tokens), s.request.max_output_tokens)
+        for s in sequences
+    ]
+    return sum(
+        max(kv.pages_for(n), len(s.kv.pages)) for n, s in zip(lengths, sequences, strict=True)
+    )
+
+
+LONG = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 400)), min_size=2, max_size=14)
+
+
+@given(sizes=LONG, spare_pages=st.integers(0, 60), max_tokens=st.integers(8, 80), data=st.data())
+@settings(max_examples=60)
+def test_admitted_is_what_is_expected_to_fit_and_nobody_comes_back_at_once(
+    sizes: list[tuple[int, int]], spare_pages: int, max_tokens: int, data: st.DataObject
+) -> None:
+    """Outputs end early at random, sequences are aborted: the expectation is wrong all the time."""
+    pages = -(-max(sum(size) for size in sizes) // PAGE) + spare_pages
+    scheduler, kv, preempted = make_scheduler(pages, max_tokens=max_tokens)
+    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    sequences = [make_sequence(*size) for size in sizes]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    barred: dict[int, Sequence] = {}
+    finished: list[Sequence] = []
+    for _ in range(20 * sum(sum(size) for size in sizes) * len(sizes)):
+        if not scheduler.has_work:
+            break
+        before = list(scheduler.running)
+        num_preempted = len(preempted)
+        work = scheduler.schedule(0)
+        assert work
+        new = [s for s in scheduler.running if s not in before]
+        thrown_out = preempted[num_preempted:]
+        assert not (new and thrown_out), "nobody is admitted while somebody gives way"
+        if new and len(scheduler.running) > 1:
+            assert expected_pages(kv, scheduler.running, scheduler._expected) <= pages
+        for sequence in new:
+            assert sequence.key not in barred, "the shortage is still there"
+        # Only the oldest run, and they stay in their order.
+        waiting_and_running = [*scheduler.running, *scheduler.waiting]
+        assert [s.key for s in waiting_and_running] == sorted(s.key for s in waiting_and_running)
+        ended = run_step(scheduler, kv, work, lambda k: 0)
+        for item in work:
+            sequence = item.sequence
+            if sequence.finish_reason is None and item.completes and rng.random() < 0.01:
+                sequence.finish_reason = "stop" if rng.random() < 0.7 else "abort"
+                scheduler.remove(sequence)
+                ended.append(sequence)
+        finished += ended
+        if ended or thrown_out:
+            barred.clear()
+        # Whoever gave way last found the rest holding what it lacked.
+        barred |= {s.key: s for s in thrown_out}
+    assert len(finished) == len(sequences)
+    assert (kv.num_used, kv.high_water) == (0, 0)
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 500), st.booleans()), max_size=300),
+    sizes=st.lists(st.integers(0, 1200), min_size=2, max_size=20),
+)
+def test_what_is_expected_grows_with_what_was_said(
+    lengths: list[tuple[int, bool]], sizes: list[int]
+) -> None:
+    expected = ExpectedOutput()
+    assert expected.of(0) == PRIOR_TOKENS
+    for length, was_cut in lengths:
+        expected.learn(length, was_cut)
+    found = [expected.of(n) for n in sorted(sizes)]
+    assert found == sorted(found)
+    assert all(f > n for f, n in zip(found, sorted(sizes), strict=True))
+
+
+def test_the_expectation_is_the_mean_of_those_that_said_more() -> None:
+    expected = ExpectedOutput()
+    for _ in range(WINDOW):
+        expected.learn(10, False)
+        expected.learn(50, False)
+    assert expected.of(0) == 30
+    assert expected.of(10) == 50
+    assert expected.of(50) == 50 + PRIOR_TOKENS
+    # Cut at 20, it would have said 50.
+    for _ in range(WINDOW):
+        expected.learn(20, True)
+    assert expected.of(0) == 50
+
+
+def test_more_are_admitted_once_outputs_are_known_to_be_short() -> None:
+    scheduler, kv, _ = make_scheduler(300 // PAGE)
+    for _ in range(80):
+        scheduler.add(make_sequence(8, 280))
+    admitted = []
+    while scheduler.has_work:
+        run_step(scheduler, kv, scheduler.schedule(0), lambda k: 0)
+        admitted.append(len(scheduler.running))
+        for sequence in list(scheduler.running):
+            if sequence.num_output_tokens == 5:
+                sequence.finish_reason = "stop"
+                scheduler.remove(sequence)
+    assert admitted[0] == 2
+    assert max(admitted) > 4

@@ -9,6 +9,7 @@ import pytest
 
 from budgets import MIB, forget_this_process, smallest_budget
 from specmoeoff import LLM, SamplingParams, SpeculativeConfig
+from specmoeoff.engine import expected_output
 from tiny import write_draft, write_tiny
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ def test_preempted_sequences_say_the_same(
     step_tokens: int | None,
 ) -> None:
     forget_this_process(monkeypatch)
+    # Expected to say little, so that many are admitted, which is wrong.
+    monkeypatch.setattr(expected_output, "PRIOR_TOKENS", 8)
     speculative = None
     if method != "off":
         speculative = SpeculativeConfig(
@@ -97,3 +100,18 @@ def test_preempted_sequences_say_the_same(
     if extra_mib == 0:
         assert stats.preemptions > 0
     assert stats.preemptions == sum(output.metrics.num_preemptions for output in outputs)
+
+
+def test_what_is_expected_rightly_is_not_preempted(
+    target: Path,
+    prompts: list[dict[str, list[int]]],
+    expected: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The limit of 90 tokens is less than what is expected before anything has ended."""
+    forget_this_process(monkeypatch)
+    memory = smallest_budget(target, max_model_len=192)
+    with LLM(str(target), memory=memory, max_model_len=192) as llm:
+        outputs = llm.generate(prompts, PARAMS)
+        assert llm.stats().preemptions == 0
+    assert [output.outputs[0].token_ids for output in outputs] == expected

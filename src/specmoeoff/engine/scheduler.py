@@ -1,9 +1,15 @@
 """Chooses the tokens of the next step: who decodes, who drafts, which pieces of prompts ride along.
 
-Running sequences come first, oldest first; what is left of the step's token budget goes to new ones
-in order of arrival. When the KV cache is full, the youngest running sequence gives its pages up and
-starts over later (its tokens are kept and read again), so the oldest always makes progress and
-nothing starves.
+Sequences that decode come first, oldest first; what is left of the step's token budget goes to the
+prompts of running ones, then to new ones in order of arrival: prompts ride on the passes of those
+that decode.
+
+A new sequence is admitted when the pages that all are expected to need in the end are there, not
+the most that they could need. Where that was wrong and the KV cache is full, the youngest running
+sequence gives its pages up and starts over later (its tokens are kept and read again). It waits at
+the front of the queue, so the running ones are always the oldest, the oldest of all makes progress,
+and nothing starves. What made it wait is counted in the others' expectation, which does not fall
+while they run; so it comes back only after one of them has ended or given up pages as well.
 """
 
 from __future__ import annotations
@@ -12,14 +18,13 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from specmoeoff.engine.expected_output import ExpectedOutput
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from specmoeoff.engine.sequence import Sequence
     from specmoeoff.offload.kv_cache import KvCache
-
-EXPECTED_OUTPUT = 32
-"""Output tokens that admission reserves room for beside the prompt; more are taken as they come."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._max_tokens = max_num_batched_tokens
         self._on_preempt = on_preempt
+        self._expected = ExpectedOutput()
 
     @property
     def has_work(self) -> bool:
@@ -66,6 +72,9 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Take out a sequence that ended, wherever it is, and free its KV."""
+        if sequence.finish_reason in ("stop", "length"):
+            was_cut = sequence.finish_reason == "length"
+            self._expected.learn(sequence.num_output_tokens, was_cut)
         if sequence in self.running:
             self.running.remove(sequence)
         elif sequence in self.waiting:
@@ -76,28 +85,21 @@ class Scheduler:
         """Return the next step's work, at most ``num_drafts`` draft tokens per sequence."""
         step: list[Scheduled] = []
         budget = self._max_tokens
-        was_full = False
-        for sequence in list(self.running):
+        num_preemptions = self.num_preemptions
+        for sequence in sorted(self.running, key=_reads):
             if budget < 1:
                 break
             if sequence not in self.running:
                 continue
             work = self._continue(sequence, budget, num_drafts)
-            if work is None:
-                was_full = True
-                continue
-            budget -= work.num_tokens + work.num_drafts
-            step.append(work)
-        step = [work for work in step if work.sequence in self.running]
-        # Whoever was just preempted waits at the front; admitting in the same step would thrash.
-        # But a sequence that preempted itself when alone starts over, in memory that is now whole.
-        if was_full and self.running:
-            return step
-        while self.waiting and budget > 0 and self._may_admit():
-            work = self._admit(budget)
-            budget -= work.num_tokens
-            step.append(work)
-        return step
+            if work is not None:
+                budget -= work.num_tokens + work.num_drafts
+                step.append(work)
+        # Who was preempted waits; but one that preempted itself when alone starts over at once, in
+        # memory that is now whole.
+        if self.num_preemptions > num_preemptions and self.running:
+            return [work for work in step if work.sequence in self.running]
+        return step + self._admit(budget)
 
     def _continue(self, sequence: Sequence, budget: int, num_drafts: int) -> Scheduled | None:
         """Schedule a running sequence, preempting younger ones for its KV; None if it gave up."""
@@ -124,21 +126,35 @@ class Scheduler:
         self._on_preempt(sequence)
         self.waiting.appendleft(sequence)
 
-    def _may_admit(self) -> bool:
-        """Reserve the first waiting sequence's room, or say that it must wait."""
-        if len(self.running) >= self._max_num_seqs:
-            return False
-        sequence = self.waiting[0]
-        wanted = len(sequence.token_ids) + min(EXPECTED_OUTPUT, sequence.room)
-        if self._kv.reserve(sequence.kv, wanted):
-            return True
-        # Alone it must be able to start, with only as much as it needs now.
-        return not self.running and self._kv.reserve(sequence.kv, len(sequence.token_ids))
+    def _admit(self, budget: int) -> list[Scheduled]:
+        """Let waiting sequences in, first come first served, as far as tokens and pages reach."""
+        admitted: list[Scheduled] = []
+        expected = sum(self._expected_pages(sequence) for sequence in self.running)
+        while self.waiting and budget > 0 and len(self.running) < self._max_num_seqs:
+            sequence = self.waiting[0]
+            expected += self._expected_pages(sequence)
+            # Alone it may start whatever is expected: nothing will ever leave it more room.
+            if self.running and expected > self._kv.max_pages:
+                break
+            take = min(sequence.num_unread, budget)
+            if not self._kv.reserve(sequence.kv, take):
+                break
+            self.running.append(self.waiting.popleft())
+            admitted.append(_work(sequence, take, 0))
+            budget -= take
+        return admitted
 
-    def _admit(self, budget: int) -> Scheduled:
-        sequence = self.waiting.popleft()
-        self.running.append(sequence)
-        return _work(sequence, min(sequence.num_unread, budget), 0)
+    def _expected_pages(self, sequence: Sequence) -> int:
+        """Return the pages that a sequence is expected to hold in the end, at least what it has."""
+        request, num_tokens = sequence.request, sequence.num_output_tokens
+        output = min(self._expected.of(num_tokens), request.max_output_tokens)
+        pages = self._kv.pages_for(len(request.prompt_token_ids) + output)
+        return max(pages, len(sequence.kv.pages))
+
+
+def _reads(sequence: Sequence) -> bool:
+    """Sort those that still read their prompt after those that decode."""
+    return not sequence.is_decoding
 
 
 def _work(sequence: Sequence, num_tokens: int, num_drafts: int) -> Scheduled:

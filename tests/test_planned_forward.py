@@ -23,6 +23,7 @@ from specmoeoff.engine.model_files import ModelFiles
 from specmoeoff.engine.pass_ops import PassOps
 from specmoeoff.engine.planned_build import Planned, PlannedConfig, open_planned
 from specmoeoff.engine.planned_forward import Machine, PlannedForward
+from specmoeoff.engine.record import longest, record
 from specmoeoff.engine.weights import Loader, ModelWeights, load_whole
 from specmoeoff.errors import DoesNotFitError, OpError, StreamError
 from specmoeoff.llm import LLM
@@ -442,3 +443,19 @@ def test_a_pass_that_the_device_has_no_room_for_is_refused(
         planned.forward.run([Span(sequence, [1] * 400, 1)])
     assert len(Conversation(planned.forward).forward.run([Span(sequence, [1], 1)])) == 1
     planned.close()
+
+
+def test_recorded_steps_verify_several_tokens_and_grow_by_one(
+    tiny_mixtral: Path, wanted: PlannedConfig
+) -> None:
+    """Drafts that are rejected leave nothing: the KV cache has room for no more than it says."""
+    wanted = replace(wanted, max_len=longest(20, 12, 4))
+    planned = open_planned(EngineConfig(model=str(tiny_mixtral), memory=1 << 30), wanted)
+    made = record(planned.forward, len(PROMPTS), 20, 12, 64, verified=4)
+    planned.close()
+    assert len(made.timelines) == 12
+    batches = made.shape.micro_batches
+    assert sum(batch.num_tokens for batch in batches) == 4 * len(PROMPTS)
+    assert sum(batch.num_outputs for batch in batches) == 4 * len(PROMPTS)
+    # After 20 tokens of context, the steps that warm up and those that are kept.
+    assert sum(batch.kv_tokens for batch in batches) == len(PROMPTS) * longest(20, 12, 5)

@@ -17,7 +17,7 @@ from specmoeoff.pipeline.costs import Costs, Rate
 from specmoeoff.pipeline.picture import draw
 from specmoeoff.pipeline.plan import LANES, Op, Plan
 from specmoeoff.pipeline.simulator import simulate, simulate_steps
-from specmoeoff.pipeline.timeline import Ran, Timeline, lane_shares
+from specmoeoff.pipeline.timeline import Ran, Timeline, lane_shares, overlap_s
 from specmoeoff.pipeline.trace import to_chrome
 from specmoeoff.pipeline.tune import steps_of
 
@@ -136,6 +136,18 @@ def test_shares_of_lanes_count_the_time_between_steps() -> None:
     assert shares["device"] == pytest.approx(4 / 11)
     assert lane_shares([]) == dict.fromkeys(LANES, 0.0)
     assert lane_shares([Timeline(plan(), {})]) == dict.fromkeys(LANES, 0.0)
+
+
+def test_the_overlap_of_lanes_is_the_time_in_which_all_are_busy() -> None:
+    """The device runs from 3 to 5 of each step, the link from 0 to 4, the processor from 4 to 6."""
+    busy = Op("attend", "cpu", num_bytes=2, waits=(2,), ahead=True)
+    made = plan(*two_steps()[0].plan.ops, busy)
+    steps = [replace(simulate(made, A_SECOND_A_BYTE), begin_s=begin) for begin in (0.0, 6.0)]
+    assert overlap_s(steps, "h2d", "device") == 2
+    assert overlap_s(steps, "device", "cpu") == 2
+    assert overlap_s(steps, "device", "cpu", "h2d") == 0
+    assert overlap_s(steps, "h2d") == 8
+    assert overlap_s([], "h2d", "cpu") == 0
 
 
 def test_an_empty_step_takes_no_time() -> None:

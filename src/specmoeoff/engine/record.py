@@ -27,9 +27,9 @@ WARM_STEPS = 3
 the ring is filled again."""
 
 
-def longest(context: int, num_steps: int) -> int:
-    """Return the tokens that a sequence has when ``record`` is done."""
-    return context + WARM_STEPS + num_steps
+def longest(context: int, num_steps: int, verified: int = 1) -> int:
+    """Return the most tokens that a sequence has while ``record`` runs."""
+    return context + WARM_STEPS + num_steps + verified - 1
 
 
 @dataclass(frozen=True)
@@ -44,27 +44,38 @@ class Recording:
 
 
 class _Batch:
-    """Sequences that grow by a token a step, the likeliest."""
+    """Sequences that grow by a token a step, the likeliest; drafts on top are all rejected."""
 
-    def __init__(self, forward: PlannedForward, num_seqs: int, seed: int) -> None:
+    def __init__(self, forward: PlannedForward, num_seqs: int, verified: int, seed: int) -> None:
         self.forward = forward
+        self.verified = verified
         self.sequences = [KvSequence() for _ in range(num_seqs)]
         self.rng = np.random.default_rng(seed)
         self.next = self._random(1)
 
     def read(self, num_tokens: int) -> None:
         """Let each sequence read so many random tokens."""
-        self._run(self._random(num_tokens))
+        self._run(self._random(num_tokens), 1)
 
     def step(self) -> None:
-        """Add each sequence's next token."""
-        self.next = [[token] for token in self._run(self.next)]
+        """Verify each sequence's next token and random drafts, of which none is kept."""
+        self.next = [[token] for token in self._run(self._verified(), self.verified)]
+        for sequence in self.sequences:
+            self.forward.kv.truncate(sequence, sequence.length - self.verified + 1)
 
-    def spans(self, token_ids: list[list[int]]) -> list[Span]:
-        """Return the tokens as a pass takes them."""
-        return [Span(s, ids, 1) for s, ids in zip(self.sequences, token_ids, strict=True)]
+    def spans(self) -> list[Span]:
+        """Return what the next step's pass takes."""
+        return self._spans(self._verified(), self.verified)
 
-    def _run(self, token_ids: list[list[int]]) -> list[int]:
+    def _verified(self) -> list[list[int]]:
+        drafts = self._random(self.verified - 1)
+        return [[*token, *draft] for token, draft in zip(self.next, drafts, strict=True)]
+
+    def _spans(self, token_ids: list[list[int]], num_outputs: int) -> list[Span]:
+        return [Span(s, ids, num_outputs) for s, ids in zip(self.sequences, token_ids, strict=True)]
+
+    def _run(self, token_ids: list[list[int]], num_outputs: int) -> list[int]:
+        """Run a pass; return the token after the first of each sequence's ``num_outputs``."""
         kv = self.forward.kv
         for sequence, ids in zip(self.sequences, token_ids, strict=True):
             if not kv.reserve(sequence, sequence.length + len(ids)):
@@ -77,9 +88,10 @@ class _Batch:
         def choose(
             micro_batch: int, hidden: np.ndarray[tuple[int, int], np.dtype[np.float32]]
         ) -> None:
-            found[micro_batch] = [int(token) for token in self.forward.best(hidden)[1]]
+            best = self.forward.best(hidden)[1][::num_outputs]
+            found[micro_batch] = [int(token) for token in best]
 
-        self.forward.run(self.spans(token_ids), choose)
+        self.forward.run(self._spans(token_ids, num_outputs), choose)
         return [token for m in sorted(found) for token in found[m]]
 
     def _random(self, num_tokens: int) -> list[list[int]]:
@@ -95,6 +107,7 @@ def record(
     num_steps: int,
     max_tokens: int,
     seed: int = 0,
+    verified: int = 1,
 ) -> Recording:
     """Read prompts as fast as it goes, warm up, and keep the steps that follow.
 
@@ -105,12 +118,13 @@ def record(
         num_steps: Steps to keep.
         max_tokens: Tokens of the largest pass while prompts are read.
         seed: Of the random prompts.
+        verified: Tokens of each sequence in a step: one, and drafts that are all rejected.
 
     Raises:
         DoesNotFitError: The KV cache is too small.
         StreamError: Weights could not be read.
     """
-    batch = _Batch(forward, num_seqs, seed)
+    batch = _Batch(forward, num_seqs, verified, seed)
     chunk = max(1, max_tokens // num_seqs)
     set_speeds, forward.machine = forward.machine, replace(forward.machine, costs=None)
     for start in range(0, context, chunk):
@@ -120,7 +134,7 @@ def record(
         batch.step()
     machine = forward.machine
     machine.executor.settle()
-    shape = forward.shape_of(batch.spans(batch.next))
+    shape = forward.shape_of(batch.spans())
     if machine.schedule == "specmoeoff":
         costs = machine.costs or Costs.measured([step.timeline() for step in forward.steps])
         forward.tune(tuned(shape, costs))
@@ -131,5 +145,5 @@ def record(
     machine.executor.settle()
     forward.keeps_steps = False
     timelines = tuple(step.timeline() for step in forward.steps)
-    shape = forward.shape_of(batch.spans(batch.next))
+    shape = forward.shape_of(batch.spans())
     return Recording(shape, timelines, Costs.measured(timelines))

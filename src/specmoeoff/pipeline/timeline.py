@@ -97,3 +97,38 @@ def lane_shares(steps: Sequence[Timeline]) -> dict[Lane, float]:
         for lane, seconds in step.busy_s(first - step.begin_s, last - step.begin_s).items():
             shares[lane] += seconds / (last - first) if last > first else 0.0
     return shares
+
+
+def overlap_s(steps: Sequence[Timeline], *lanes: Lane) -> float:
+    """Return the seconds in which all of these lanes were taken at once, over all the steps.
+
+    A lane runs one op at a time, so its spans do not overlap each other.
+    """
+    together = _spans(steps, lanes[0])
+    for lane in lanes[1:]:
+        together = _both(together, _spans(steps, lane))
+    return sum(end_s - start_s for start_s, end_s in together)
+
+
+def _spans(steps: Sequence[Timeline], lane: Lane) -> list[tuple[float, float]]:
+    """Return when a lane was taken, rising."""
+    return sorted(
+        (step.begin_s + ran.start_s, step.begin_s + ran.end_s)
+        for step in steps
+        for number, ran in step.ran.items()
+        if step.plan.ops[number].lane == lane
+    )
+
+
+def _both(a: list[tuple[float, float]], b: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    both: list[tuple[float, float]] = []
+    i = j = 0
+    while i < len(a) and j < len(b):
+        start_s, end_s = max(a[i][0], b[j][0]), min(a[i][1], b[j][1])
+        if start_s < end_s:
+            both.append((start_s, end_s))
+        if a[i][1] < b[j][1]:
+            i += 1
+        else:
+            j += 1
+    return both

@@ -171,6 +171,27 @@ def test_each_cache_is_planned_in_its_own_dtype(target: Path, draft: Path) -> No
     assert plan("int8").page_bytes < default.page_bytes < plan("float32").page_bytes
 
 
+@given(extra=st.integers(0, 300), max_num_seqs=st.sampled_from([1, 16, 300]))
+def test_a_draft_without_a_cache_leaves_its_pages_to_the_target(
+    target: Path, draft: Path, extra: int, max_num_seqs: int
+) -> None:
+    speculative = speculative_of("draft_model", draft)
+    memory = smallest_budget(target, speculative, max_num_seqs=max_num_seqs) + extra * MIB
+    config = EngineConfig(
+        str(target), memory=memory, speculative=speculative, max_num_seqs=max_num_seqs
+    )
+    plan = make_plan(config, *open_models(config))
+    shared = plan.without_draft_kv()
+    assert shared.policy == plan.policy
+    assert shared.draft_page_bytes == 0
+    assert plan.kv_pages <= shared.kv_pages
+    least_slots = MIN_SLOTS * plan.policy.expert_slot_bytes
+    assert shared.kv_pages * shared.page_bytes + least_slots <= plan.elastic_bytes
+    # Its passes have a row a sequence, so more of the step's memory can be lent.
+    assert shared.draft_rows <= max_num_seqs
+    assert shared.spare_step_bytes(1, False, False) >= plan.spare_step_bytes(1, False, False)
+
+
 def test_what_more_memory_goes_to(target: Path) -> None:
     smallest = smallest_budget(target)
     extras = (0, 1, 2, 3, 5, 8, 10, 20, 50, 100, 1000)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from specmoeoff.offload.kv_cache import KvCache, KvSequence
 from specmoeoff.sampling import SequenceSampler
 from specmoeoff.sampling_params import SamplingParams
+from specmoeoff.speculative.draft_context import OwnContexts, TargetContexts
 from specmoeoff.speculative.drafter import DraftRequest, Proposal
 from specmoeoff.speculative.model_drafter import ModelDrafter
 
@@ -73,6 +74,14 @@ def continuation(token_ids: Sequence[int], count: int) -> list[int]:
     return ids[len(token_ids) :]
 
 
+def own_contexts(
+    model: CountingModel, max_model_len: int = 1000, max_rows: int = 512, **options: Any
+) -> ModelDrafter:
+    """Return a drafter whose model keeps what it has read in its own cache."""
+    contexts = OwnContexts(model.kv, model.run_tokens, max_model_len, max_rows)
+    return ModelDrafter(model, contexts, max_model_len, **options)
+
+
 def request_of(
     key: int, token_ids: Sequence[int], k: int, params: SamplingParams = GREEDY
 ) -> DraftRequest:
@@ -94,7 +103,7 @@ TOKENS = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=40)
 def test_it_drafts_what_the_model_says_next(data: st.DataObject, max_rows: int) -> None:
     """Sequences come, are drafted for, get what a target makes of it, and go."""
     model = CountingModel(max_pages=200)
-    drafter = ModelDrafter(model, 1000, max_rows)
+    drafter = own_contexts(model, max_rows=max_rows)
     sequences = {key: data.draw(TOKENS) for key in range(data.draw(st.integers(1, 4)))}
     for _ in range(data.draw(st.integers(1, 6))):
         action = data.draw(st.sampled_from(["propose", "propose", "prefill", "release"]))
@@ -117,9 +126,41 @@ def test_it_drafts_what_the_model_says_next(data: st.DataObject, max_rows: int) 
     assert model.kv.num_used == 0
 
 
+@given(data=st.data())
+def test_in_the_targets_cache_it_reads_only_what_the_target_has_not(data: st.DataObject) -> None:
+    """The target reads, has drafts made in its own pages, and goes on over them."""
+    model = CountingModel(max_pages=400)
+    drafter = ModelDrafter(model, TargetContexts(), 1000)
+    sequences = {key: data.draw(TOKENS) for key in range(data.draw(st.integers(1, 4)))}
+    caches = {key: KvSequence() for key in sequences}
+    for _ in range(data.draw(st.integers(1, 5))):
+        requests = []
+        for key, ids in sequences.items():
+            k = data.draw(st.integers(0, 5))
+            kv = caches[key]
+            assert model.kv.reserve(kv, len(ids) + k)
+            model.kv.truncate(kv, min(kv.length, len(ids) - 1))
+            if kv.length < len(ids) - 1:
+                model.run_tokens([(kv, ids[kv.length : -1], 0)])
+            requests.append(DraftRequest(key, ids, k, request_of(key, ids, k).sampler, kv))
+        model.passes.clear()
+        drafter.prefill(requests, [len(ids) for ids in sequences.values()])
+        got = drafted(drafter, *requests)
+        assert all(rows == 1 for each in model.passes for rows in each)
+        assert len(model.passes) == max(request.num_tokens for request in requests)
+        for request, tokens in zip(requests, got, strict=True):
+            assert tokens == continuation(request.token_ids, request.num_tokens)
+            assert request.kv.length == len(request.token_ids) - 1, "the target's own length"
+            accepted = data.draw(st.integers(0, len(tokens)))
+            own = data.draw(st.integers(0, VOCABULARY - 1))
+            sequences[request.key] = [*request.token_ids, *tokens[:accepted], own]
+            # The target's pass overwrites what was drafted.
+            model.run_tokens([(request.kv, sequences[request.key][request.kv.length : -1], 0)])
+
+
 def test_prompts_read_ahead_are_not_read_again() -> None:
     model = CountingModel()
-    drafter = ModelDrafter(model, 1000)
+    drafter = own_contexts(model)
     prompt = list(range(10)) * 3
     drafter.prefill([request_of(1, prompt, 0)], [20])
     drafter.prefill([request_of(1, prompt, 0)], [30])
@@ -132,7 +173,7 @@ def test_prompts_read_ahead_are_not_read_again() -> None:
 
 def test_an_accepted_draft_costs_two_rows_at_most() -> None:
     model = CountingModel()
-    drafter = ModelDrafter(model, 1000)
+    drafter = own_contexts(model)
     tokens = [1, 2, 3]
     for _ in range(5):
         (draft,) = drafted(drafter, request_of(1, tokens, 4))
@@ -145,7 +186,7 @@ def test_an_accepted_draft_costs_two_rows_at_most() -> None:
 
 def test_passes_are_bounded() -> None:
     model = CountingModel(max_pages=400)
-    drafter = ModelDrafter(model, 1000, max_rows=16)
+    drafter = own_contexts(model, max_rows=16)
     requests = [request_of(key, [key % VOCABULARY] * 50, 0) for key in range(5)]
     drafter.prefill(requests, [50] * 5)
     assert max(sum(rows) for rows in model.passes) <= 16
@@ -155,7 +196,7 @@ def test_passes_are_bounded() -> None:
 @pytest.mark.parametrize("params", [GREEDY, SamplingParams(temperature=0.0, logprobs=1)])
 def test_many_sequences_never_have_all_logits_at_once(params: SamplingParams) -> None:
     model = CountingModel(max_pages=1000)
-    drafter = ModelDrafter(model, 1000)
+    drafter = own_contexts(model)
     sequences = [[key % VOCABULARY, key // VOCABULARY] for key in range(150)]
     got = drafted(drafter, *(request_of(i, ids, 2, params) for i, ids in enumerate(sequences)))
     assert got == [continuation(ids, 2) for ids in sequences]
@@ -163,26 +204,27 @@ def test_many_sequences_never_have_all_logits_at_once(params: SamplingParams) ->
 
 def test_without_room_a_sequence_goes_undrafted() -> None:
     model = CountingModel(max_pages=6)
-    drafter = ModelDrafter(model, 1000)
+    drafter = own_contexts(model)
     long, short = [1] * 60, [2] * 8
     assert drafted(drafter, request_of(1, long, 3), request_of(2, short, 3)) == [
         [],
         continuation(short, 3),
     ]
     drafter.prefill([request_of(1, long, 0)], [60])
-    assert len(drafter._states) == 1
+    drafter.release(2)
+    assert model.kv.num_used == 0, "the long one was given nothing to keep"
 
 
 @pytest.mark.parametrize(("length", "k", "count"), [(16, 4, 4), (17, 4, 0), (40, 1, 0), (19, 1, 1)])
 def test_beyond_the_drafts_own_limit_nothing_is_drafted(length: int, k: int, count: int) -> None:
-    drafter = ModelDrafter(CountingModel(), max_model_len=20)
+    drafter = own_contexts(CountingModel(), max_model_len=20)
     tokens = [1] * length
     drafter.prefill([request_of(1, tokens, 0)], [length])
     assert drafted(drafter, request_of(1, tokens, k)) == [continuation(tokens, count)]
 
 
 def test_sampled_drafts_say_what_they_were_drawn_from() -> None:
-    drafter = ModelDrafter(CountingModel(), 1000)
+    drafter = own_contexts(CountingModel())
     params = SamplingParams(temperature=1.5, seed=3, max_tokens=50)
     proposal: Proposal
     (proposal,) = drafter.propose([request_of(1, [1, 2], 5, params)])
@@ -195,7 +237,7 @@ def test_sampled_drafts_say_what_they_were_drawn_from() -> None:
 
 
 def test_a_fork_leaves_the_sequences_own_tokens_alone() -> None:
-    drafter = ModelDrafter(CountingModel(), 1000)
+    drafter = own_contexts(CountingModel())
     params = SamplingParams(temperature=0, frequency_penalty=2.0, max_tokens=50)
     request = request_of(1, [1, 2], 6, params)
     drafted(drafter, request)
@@ -206,7 +248,7 @@ def test_a_fork_leaves_the_sequences_own_tokens_alone() -> None:
 @pytest.mark.parametrize("rows", [0, 1, 5, 12])
 def test_distributions_are_bounded(rows: int) -> None:
     limit = rows * 4 * VOCABULARY
-    drafter = ModelDrafter(CountingModel(), 1000, max_distribution_bytes=limit)
+    drafter = own_contexts(CountingModel(), max_distribution_bytes=limit)
     params = SamplingParams(temperature=1.0, seed=3, max_tokens=50)
     requests = [request_of(key, [key, 2], 4, params) for key in range(3)]
     requests.append(request_of(9, [4, 4], 4))

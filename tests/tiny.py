@@ -91,13 +91,20 @@ def write_tiny(
 
 
 def write_draft(
-    target: Path, directory: Path, noise: float = 0.02, seed: int = 1, *, tokenizer: bool = False
+    target: Path,
+    directory: Path,
+    noise: float = 0.02,
+    seed: int = 1,
+    *,
+    tokenizer: bool = False,
+    same_attention: bool = False,
 ) -> Path:
     """Write a dense Llama with the target's vocabulary that often agrees with it.
 
     It takes the target's weights plus noise (relative to each matrix's spread); of a Mixtral's
     experts the mean, so how often it agrees is up to the target's ``expert_spread``: with the
-    default noise about 0.8 of the tokens at 0.1, 0.6 at 0.2, hardly any at 1.
+    default noise about 0.8 of the tokens at 0.1, 0.6 at 0.2, hardly any at 1. With
+    ``same_attention`` only the feed-forward has noise, as in a model that was upcycled.
     """
     config = json.loads((target / "config.json").read_text())
     checkpoint = Checkpoint.open(target)
@@ -105,7 +112,8 @@ def write_draft(
     rng = np.random.default_rng(seed)
     weights: dict[str, NDArray[np.float32]] = {}
     for name, values in _dense_weights(config, read).items():
-        scale = noise * values.std() if values.ndim == 2 else 0.0
+        is_noisy = values.ndim == 2 and not (same_attention and "self_attn" in name)
+        scale = noise * values.std() if is_noisy else 0.0
         weights[name] = values + np.float32(scale) * rng.standard_normal(values.shape, np.float32)
     dropped = ("num_local_experts", "num_experts_per_tok", "sliding_window")
     config = {name: value for name, value in config.items() if name not in dropped}

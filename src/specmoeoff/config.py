@@ -89,7 +89,10 @@ class SpeculativeConfig:
     """``int8`` keeps the draft's matrices as int8 with one float32 scale per row, which halves the
     memory it takes from the target; ``auto`` keeps the checkpoint's dtype. Output is the same."""
     draft_kv_dtype: Literal["auto"] | KvDtype = "int8"
-    """Element type of the draft's KV cache; ``auto`` is the target's. Output is the same."""
+    """Element type of the draft's own KV cache; ``auto`` is the target's. Output is the same."""
+    share_kv: bool = True
+    """Let a draft that has the target's key and value projections read the target's KV cache, so
+    that it takes no memory for its own and reads no prompt. Output is the same."""
 
     def __post_init__(self) -> None:
         if self.method not in ("draft_model", "ngram"):

@@ -31,10 +31,11 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Models:
-    """One target and drafts that are often, sometimes and never right."""
+    """One target and drafts that are often, sometimes and never right; ``kin`` shares its KV."""
 
     target: Path
     good: Path
+    kin: Path
     fair: Path
     random: Path
 
@@ -52,7 +53,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     target = write_tiny(directory / "target", seed=11, expert_spread=0.1, **SHAPES)
     random = write_tiny(directory / "random", "llama", seed=99, hidden_size=36)
     fair = write_draft(target, directory / "fair", noise=0.3)
-    return Models(target, write_draft(target, directory / "good"), fair, random)
+    good = write_draft(target, directory / "good")
+    kin = write_draft(target, directory / "kin", noise=0.1, same_attention=True)
+    return Models(target, good, kin, fair, random)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -136,6 +139,10 @@ CASES = [
     Case("good", 4, None, 16, {"kv_dtype": "float32"}, {"draft_weight_dtype": "auto"}),
     Case("good", 5, 0, 16, {"max_num_batched_tokens": 40, "num_threads": 1}),
     Case("good", 8, 2, 1, {"expert_mode": "auto"}, {"draft_kv_dtype": "float16"}),
+    Case("kin", 1, 0, 16, {"expert_mode": "belt", "kv_dtype": "int8"}),
+    Case("kin", 4, 1, 16, {"max_num_batched_tokens": 40}, {"draft_weight_dtype": "auto"}),
+    Case("kin", 4, 0, 3, {"kv_dtype": "float32"}, {"share_kv": False}),
+    Case("kin", 8, None, 1, {"dtype": "bfloat16", "kv_dtype": "float16"}),
     Case("fair", 3, 1, 16, {"max_num_seqs": 3, "kv_dtype": "int8"}),
     Case("fair", 6, 0, 3, {"kv_dtype": "float32", "expert_mode": "belt"}),
     Case("fair", 7, None, 1, {"expert_mode": "demand"}, {"draft_kv_dtype": "auto"}),
@@ -167,7 +174,7 @@ def test_the_same_tokens(
         stats = llm.stats()
     reference = expected[rounding(case.options)]
     assert got == (reference if case.batch != 1 else reference[::3])
-    if case.draft in ("good", "fair") and not case.speculative.get("adaptive"):
+    if case.draft in ("good", "kin", "fair") and not case.speculative.get("adaptive"):
         assert stats.accepted_tokens > 0
     if case.draft == "random":
         assert stats.drafted_tokens > 10 * stats.accepted_tokens > -1
@@ -187,7 +194,7 @@ def test_any_way_to_run(
         "num_threads": data.draw(st.sampled_from([1, 2])),
     }
     speculative = models.speculative(
-        data.draw(st.sampled_from(["off", "ngram", "good", "fair", "random"])),
+        data.draw(st.sampled_from(["off", "ngram", "good", "kin", "fair", "random"])),
         data.draw(st.integers(1, 8)),
     )
     memory = smallest_budget(models.target, speculative, **options)

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from specmoeoff import kernels
 from specmoeoff.engine.allocator import return_large_blocks
+from specmoeoff.engine.draft_kv import shared_layers
 from specmoeoff.engine.engine import Engine, Parts
 from specmoeoff.engine.forward import Forward, ResidentExperts, Span
 from specmoeoff.engine.memory_plan import (
     DRAFT_ROWS,
-    MemoryPlan,
     draft_kv_dtype,
     open_models,
     plan_models,
 )
-from specmoeoff.engine.weights import Loader, ModelWeights, load_dense, load_whole
+from specmoeoff.engine.weights import Loader, load_dense, load_whole
 from specmoeoff.errors import InvalidInputError
 from specmoeoff.models.registry import build_model
 from specmoeoff.offload.elastic import ElasticMemory
 from specmoeoff.offload.expert_store import ExpertStore
-from specmoeoff.offload.kv_cache import KvCache
+from specmoeoff.offload.kv_cache import KvCache, KvLayers
 from specmoeoff.offload.reader import Reader
 from specmoeoff.speculative.budget import AdaptiveBudget, FixedBudget
+from specmoeoff.speculative.draft_context import OwnContexts, TargetContexts
 from specmoeoff.speculative.model_drafter import ModelDrafter
 from specmoeoff.speculative.ngram_drafter import NgramDrafting
 
@@ -34,7 +36,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from specmoeoff.config import EngineConfig, KvDtype, ModelConfig, SpeculativeConfig
+    from specmoeoff.engine.memory_plan import MemoryPlan
     from specmoeoff.engine.model_files import ModelFiles
+    from specmoeoff.engine.weights import ModelWeights
     from specmoeoff.kernels import Activations
     from specmoeoff.offload.kv_cache import KvSequence
     from specmoeoff.speculative.drafter import Drafter
@@ -59,22 +63,20 @@ def build_engine(config: EngineConfig) -> Engine:
     target_files, draft_files = open_models(config)
     plan, draft_files = plan_models(config, target_files, draft_files)
     weights = load_dense(target_files.model, Loader(target_files.checkpoint))
-    kv = _kv_cache(target_files.model.config, config.kv_dtype, plan.kv_pages)
-    caches = [kv]
     drafter: Drafter | None = None
-    shared_bytes = 0
+    draft: _Draft | None = None
     if config.speculative is not None and draft_files is not None:
-        draft = _draft_forward(config.speculative, config, draft_files, weights, plan)
-        caches.append(draft.kv)
-        shared_bytes = draft.shared_bytes
-        drafter = ModelDrafter(
-            draft,
-            draft_files.model.config.max_position_embeddings,
-            DRAFT_ROWS,
-            plan.distribution_bytes,
-        )
+        draft = _load_draft(config.speculative, draft_files, target_files, weights)
+        if draft.target_layers is not None:
+            plan = plan.without_draft_kv()
     elif config.speculative is not None and config.speculative.method == "ngram":
         drafter = NgramDrafting(config.speculative)
+    kv = _kv_cache(target_files.model.config, config.kv_dtype, plan.kv_pages)
+    caches = [kv]
+    if draft is not None:
+        drafter, own = _model_drafter(draft, draft_kv_dtype(config), plan, kv)
+        caches += own
+    shared_bytes = draft.weights.shared_bytes if draft is not None else 0
     elastic_bytes = plan.elastic_bytes + shared_bytes
     reader = Reader()
     model = build_model(target_files.model.config, plan.policy.dtype)
@@ -90,6 +92,7 @@ def build_engine(config: EngineConfig) -> Engine:
             config=model.config,
             plan=plan,
             target=Forward(model, weights, store, kv),
+            kv=kv,
             store=store,
             reader=reader,
             elastic=ElasticMemory(elastic_bytes, store, caches, plan.policy.min_expert_slots),
@@ -104,9 +107,7 @@ def build_engine(config: EngineConfig) -> Engine:
 class DraftForward:
     """A draft model's forward pass, as speculative.model_drafter wants it."""
 
-    def __init__(self, forward: Forward, shared_bytes: int) -> None:
-        self.kv = forward.kv
-        self.shared_bytes = shared_bytes
+    def __init__(self, forward: Forward) -> None:
         self._forward = forward
 
     def run_tokens(
@@ -124,21 +125,44 @@ class DraftForward:
         return self._forward.best(hidden)
 
 
-def _draft_forward(
-    speculative: SpeculativeConfig,
-    config: EngineConfig,
-    files: ModelFiles,
-    target: ModelWeights,
-    plan: MemoryPlan,
-) -> DraftForward:
-    loader = Loader(files.checkpoint, target, speculative.draft_weight_dtype == "int8")
-    weights = load_whole(files.model, loader)
-    kv = _kv_cache(files.model.config, draft_kv_dtype(config), plan.kv_pages)
+@dataclass(frozen=True)
+class _Draft:
+    """A loaded draft model."""
+
+    config: ModelConfig
+    weights: ModelWeights
+    target_layers: list[int] | None
+    """The target's layers whose KV it reads; None if it has a cache of its own."""
+
+
+def _load_draft(
+    speculative: SpeculativeConfig, files: ModelFiles, target: ModelFiles, weights: ModelWeights
+) -> _Draft:
+    loader = Loader(files.checkpoint, weights, speculative.draft_weight_dtype == "int8")
+    own, config = load_whole(files.model, loader), files.model.config
+    layers = None
+    if speculative.share_kv:
+        layers = shared_layers(config, own, target.model.config, weights)
+    return _Draft(config, own, layers)
+
+
+def _model_drafter(
+    draft: _Draft, kv_dtype: KvDtype, plan: MemoryPlan, target_kv: KvCache
+) -> tuple[ModelDrafter, list[KvCache]]:
+    """Return the drafter and the caches it has of its own."""
     # Drafts never change the output, so they take the rounding where it makes them faster.
     activations: Activations = "bfloat16" if kernels.multiplies_bfloat16() else "float32"
-    model = build_model(files.model.config, activations)
-    forward = Forward(model, weights, ResidentExperts(weights.experts), kv)
-    return DraftForward(forward, weights.shared_bytes)
+    model = build_model(draft.config, activations)
+    experts = ResidentExperts(draft.weights.experts)
+    longest = draft.config.max_position_embeddings
+    if draft.target_layers is not None:
+        layers = KvLayers(target_kv, draft.target_layers)
+        forward = DraftForward(Forward(model, draft.weights, experts, layers))
+        return ModelDrafter(forward, TargetContexts(), longest, plan.distribution_bytes), []
+    kv = _kv_cache(draft.config, kv_dtype, plan.kv_pages)
+    forward = DraftForward(Forward(model, draft.weights, experts, kv))
+    contexts = OwnContexts(kv, forward.run_tokens, longest, DRAFT_ROWS)
+    return ModelDrafter(forward, contexts, longest, plan.distribution_bytes), [kv]
 
 
 def _kv_cache(model: ModelConfig, dtype: KvDtype, max_pages: int) -> KvCache:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from specmoeoff.engine.memory_plan import MemoryPlan
     from specmoeoff.offload.elastic import ElasticMemory
     from specmoeoff.offload.expert_store import ExpertStore
+    from specmoeoff.offload.kv_cache import KvCache
     from specmoeoff.offload.reader import Reader
     from specmoeoff.sampling_params import SamplingParams
     from specmoeoff.speculative.budget import AdaptiveBudget, FixedBudget
@@ -54,6 +55,7 @@ class Parts:
     config: ModelConfig
     plan: MemoryPlan
     target: Forward
+    kv: KvCache
     store: ExpertStore
     reader: Reader
     elastic: ElasticMemory
@@ -72,7 +74,7 @@ class Engine:
         self._target = parts.target
         self._drafter = parts.drafter
         self._scheduler = Scheduler(
-            parts.target.kv,
+            parts.kv,
             parts.plan.policy.max_num_seqs,
             parts.plan.policy.max_num_batched_tokens,
             self._release_draft,
@@ -237,7 +239,7 @@ class Engine:
         self._stats.generated_tokens += len(kept)
         self._stats.decode_tokens += len(kept) if work.decodes else 0
         # What was rejected, and what came after a stop, is cut off by length alone.
-        self._target.kv.truncate(sequence.kv, len(sequence.token_ids) - 1)
+        self._parts.kv.truncate(sequence.kv, len(sequence.token_ids) - 1)
         if sequence.finish_reason is not None:
             self._retire(sequence)
         return Update(sequence, kept, text, request.is_finished)
@@ -288,7 +290,9 @@ class Engine:
 
 def _draft_request(work: Scheduled) -> DraftRequest:
     sequence = work.sequence
-    return DraftRequest(sequence.key, sequence.token_ids, work.num_drafts, sequence.sampler)
+    return DraftRequest(
+        sequence.key, sequence.token_ids, work.num_drafts, sequence.sampler, sequence.kv
+    )
 
 
 def _span(work: Scheduled, proposal: Proposal) -> Span:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from specmoeoff.engine.weights import ModelWeights
     from specmoeoff.kernels import Weight
     from specmoeoff.models.base import Model
-    from specmoeoff.offload.kv_cache import KvCache, KvSequence
+    from specmoeoff.offload.kv_cache import KvCache, KvLayers, KvSequence
 
 
 class ExpertSource(Protocol):
@@ -67,10 +67,10 @@ class Forward:
     """A model, its dense weights, its experts and its KV cache, ready to run passes."""
 
     def __init__(
-        self, model: Model, weights: ModelWeights, experts: ExpertSource, kv: KvCache
+        self, model: Model, weights: ModelWeights, experts: ExpertSource, kv: KvCache | KvLayers
     ) -> None:
         self.model = model
-        self.kv = kv
+        self._kv = kv
         self._weights = weights
         self._experts = experts
         config = model.config
@@ -89,11 +89,11 @@ class Forward:
             [span.kv.length + np.arange(n) for span, n in zip(spans, lengths, strict=True)]
         ).astype(np.int32)
         slots = np.concatenate(
-            [self.kv.append(span.kv, n) for span, n in zip(spans, lengths, strict=True)]
+            [self._kv.append(span.kv, n) for span, n in zip(spans, lengths, strict=True)]
         )
         places = _Places(
             slots=slots,
-            page_table=self.kv.page_table([span.kv for span in spans]),
+            page_table=self._kv.page_table([span.kv for span in spans]),
             q_offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
             kv_lens=np.array([span.kv.length for span in spans], np.int32),
         )
@@ -124,8 +124,8 @@ class Forward:
         places: _Places,
     ) -> None:
         q, k, v = self.model.pre_attention(weights, x, rope)
-        k_pages, v_pages = self.kv.layer(layer)
-        k_scales, v_scales = self.kv.scales(layer)
+        k_pages, v_pages = self._kv.layer(layer)
+        k_scales, v_scales = self._kv.scales(layer)
         kernels.append_kv(k, v, k_pages, v_pages, places.slots, k_scales, v_scales)
         attention = kernels.chunked_attention(
             q,

@@ -63,6 +63,19 @@ class MemoryPlan:
     passes: tuple[ModelConfig, ...]
     """The models whose passes a step consists of, the target first."""
     largest_step_bytes: int
+    draft_rows: int = DRAFT_ROWS
+    """Most rows of a draft's pass."""
+
+    def without_draft_kv(self) -> MemoryPlan:
+        """Return the plan for a draft that reads the target's KV cache: prompts are not for it."""
+        policy = self.policy
+        pages = (self.elastic_bytes - MIN_SLOTS * policy.expert_slot_bytes) // self.page_bytes
+        return replace(
+            self,
+            draft_page_bytes=0,
+            kv_pages=_kv_pages(pages, policy.max_num_seqs, policy.max_model_len),
+            draft_rows=min(DRAFT_ROWS, policy.max_num_seqs),
+        )
 
     def spare_step_bytes(self, num_tokens: int, samples: bool, needs_logits: bool) -> int:
         """Return what a step of ``num_tokens`` leaves of the memory put aside for the largest one.
@@ -74,7 +87,7 @@ class MemoryPlan:
         """
         logit_rows = LOGIT_ROWS if needs_logits else 0
         needs = [activation_bytes(self.passes[0], num_tokens, logit_rows)]
-        needs += [activation_bytes(draft, DRAFT_ROWS, logit_rows) for draft in self.passes[1:]]
+        needs += [activation_bytes(draft, self.draft_rows, logit_rows) for draft in self.passes[1:]]
         return max(0, self.largest_step_bytes - max(needs) - samples * self.distribution_bytes)
 
 
@@ -154,7 +167,6 @@ def make_plan(config: EngineConfig, target: ModelFiles, draft: ModelFiles | None
     if elastic < least_slots + least_kv:
         raise _too_small(memory, parts, least_slots, least_kv)
     pages = (elastic - least_slots) // (page + draft_page)
-    wanted_pages = config.max_num_seqs * (-(-model_len // PAGE_TOKENS) + 1)
     total_experts = model.num_layers * target.model.num_ffn_experts
     parts.append(("expert slots and KV cache", elastic))
     return MemoryPlan(
@@ -172,7 +184,7 @@ def make_plan(config: EngineConfig, target: ModelFiles, draft: ModelFiles | None
         elastic_bytes=elastic,
         page_bytes=page,
         draft_page_bytes=draft_page,
-        kv_pages=max(1, min(pages, wanted_pages)),
+        kv_pages=_kv_pages(pages, config.max_num_seqs, model_len),
         distribution_bytes=dict(held).get(DISTRIBUTIONS, 0),
         passes=(model,) if draft is None else (model, draft.model.config),
         largest_step_bytes=sum(num_bytes for _, num_bytes in held),
@@ -245,6 +257,11 @@ def _step_parts(
         rows = min(config.max_num_seqs * config.speculative.num_speculative_tokens, tokens)
         held.append((DISTRIBUTIONS, 4 * model.vocab_size * min(rows, DISTRIBUTION_ROWS)))
     return held
+
+
+def _kv_pages(pages: int, max_num_seqs: int, max_model_len: int) -> int:
+    """Return how many of the pages that fit so many sequences could ever use."""
+    return max(1, min(pages, max_num_seqs * (-(-max_model_len // PAGE_TOKENS) + 1)))
 
 
 def _page_bytes(model: ModelConfig, dtype: KvDtype) -> int:

@@ -171,6 +171,31 @@ class KvCache:
         self.high_water = num_pages
 
 
+class KvLayers:
+    """Some layers of a cache under numbers of their own: what a draft sees of its target's.
+
+    Args:
+        cache: The whole cache.
+        layers: For each layer of the draft, the one of the cache that it reads and writes.
+    """
+
+    def __init__(self, cache: KvCache, layers: Sequence[int]) -> None:
+        self._cache = cache
+        self._layers = list(layers)
+        self.append = cache.append
+        self.page_table = cache.page_table
+
+    def layer(self, layer: int) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
+        """Return a layer's pages, as ``KvCache.layer``."""
+        return self._cache.layer(self._layers[layer])
+
+    def scales(
+        self, layer: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]] | tuple[None, None]:
+        """Return a layer's scales, as ``KvCache.scales``."""
+        return self._cache.scales(self._layers[layer])
+
+
 def page_bytes(
     num_layers: int, num_kv_heads: int, head_dim: int, dtype: str, page_size: int = 32
 ) -> int:

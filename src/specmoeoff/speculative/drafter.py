@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from specmoeoff.offload.kv_cache import KvSequence
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -27,6 +29,8 @@ class DraftRequest:
     """Most tokens to propose, 0 or more."""
     sampler: SequenceSampler
     """The sequence's filters; the draft's distribution goes through the same ones."""
+    kv: KvSequence = field(default_factory=KvSequence)
+    """Where the target keeps what it has read of the sequence, with room for the drafts."""
 
 
 @dataclass(frozen=True)

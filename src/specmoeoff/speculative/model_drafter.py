@@ -1,17 +1,14 @@
 """Drafts with a small model that has the target's vocabulary and lives wholly in memory.
 
-Each sequence has its own draft KV, which is brought up to date lazily: a proposal first reads the
-tokens the target has committed since (usually one or two), then goes on token by token, all
-sequences in one batch. Drafts that the target rejected are truncated when it next looks.
+A proposal goes on from a sequence's context (draft_context.py) token by token, all sequences in one
+batch.
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from specmoeoff.offload.kv_cache import KvCache, KvSequence
 from specmoeoff.speculative.drafter import DraftRequest, Proposal
 
 if TYPE_CHECKING:
@@ -20,17 +17,15 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from specmoeoff.offload.kv_cache import KvSequence
     from specmoeoff.sampling import Distribution, SequenceSampler
+    from specmoeoff.speculative.draft_context import Contexts
 
 MAX_LOGIT_ROWS = 32
-USUAL_UNREAD = 2
-"""Tokens committed since a proposal that was wholly accepted; they ride on the first pass."""
 
 
 class DraftForward(Protocol):
     """The draft model: see engine.forward.Forward."""
-
-    kv: KvCache
 
     def run_tokens(
         self, rows: Sequence[tuple[KvSequence, Sequence[int], int]]
@@ -44,20 +39,13 @@ class DraftForward(Protocol):
         """Return the largest logit and its token of each hidden state, [R] each."""
 
 
-@dataclass
-class _State:
-    kv: KvSequence
-    seen: list[int]
-    """The tokens whose keys and values are in ``kv``."""
-
-
 class ModelDrafter:
-    """A drafter that runs a model; sequences without room in its KV cache go undrafted.
+    """A drafter that runs a model; sequences that have no context go undrafted.
 
     Args:
         forward: The draft model.
+        contexts: Where the keys and values of the tokens so far are.
         max_model_len: Longest sequence it can read.
-        max_rows: Most tokens of one of its passes, which bounds its activations.
         max_distribution_bytes: What the distributions of one step's proposals may take; at the
             limit, sampled sequences get fewer drafts.
     """
@@ -65,52 +53,36 @@ class ModelDrafter:
     def __init__(
         self,
         forward: DraftForward,
+        contexts: Contexts,
         max_model_len: int,
-        max_rows: int = 512,
         max_distribution_bytes: int = sys.maxsize,
     ) -> None:
         self._forward = forward
+        self._contexts = contexts
         self._max_model_len = max_model_len
-        self._max_rows = max_rows
         self._max_distribution_bytes = max_distribution_bytes
-        self._states: dict[int, _State] = {}
 
     def prefill(self, requests: Sequence[DraftRequest], num_tokens: Sequence[int]) -> None:
         """Read prompts alongside the target, so that the first proposal need not."""
-        work = []
-        for request, upto in zip(requests, num_tokens, strict=True):
-            state = self._state(request, upto) if upto <= self._max_model_len else None
-            if state is not None:
-                work.append((state, request.token_ids[state.kv.length : upto]))
-        self._read(work)
+        self._contexts.prefill(requests, num_tokens)
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[Proposal]:
         """Draft up to ``num_tokens`` for each request, all requests in one batch per token."""
         proposals = [Proposal() for _ in requests]
-        live: list[int] = []
-        behind = []
-        for i, request in enumerate(requests):
-            length = len(request.token_ids)
-            if request.num_tokens < 1 or length + request.num_tokens > self._max_model_len:
-                continue
-            state = self._state(request, length + request.num_tokens - 1)
-            if state is not None:
-                behind.append((state, request.token_ids[state.kv.length : -USUAL_UNREAD]))
-                live.append(i)
-        self._read(behind)
-        rows = [self._unread(requests[i]) for i in live]
+        possible = [i for i, request in enumerate(requests) if self._may_draft(request)]
+        opened = self._contexts.open([requests[i] for i in possible])
+        contexts = {i: c for i, c in zip(possible, opened, strict=True) if c is not None}
+        live = list(contexts)
+        rows = [requests[i].token_ids[contexts[i].kv.length :] for i in live]
         choosers = {i: requests[i].sampler.fork() for i in live}
         held_bytes = 0
         while live:
             hidden = self._forward.run_tokens(
-                [
-                    (self._states[requests[i].key].kv, row, 1)
-                    for i, row in zip(live, rows, strict=True)
-                ]
+                [(contexts[i].kv, row, 1) for i, row in zip(live, rows, strict=True)]
             )
             going = []
             for i, row in zip(live, rows, strict=True):
-                self._states[requests[i].key].seen.extend(row)
+                contexts[i].seen.extend(row)
             room = self._max_distribution_bytes - held_bytes
             drawn = self._draw(hidden, [choosers[i] for i in live], room)
             for i, (token, distribution) in zip(live, drawn, strict=True):
@@ -128,9 +100,11 @@ class ModelDrafter:
 
     def release(self, key: int) -> None:
         """Forget a sequence."""
-        state = self._states.pop(key, None)
-        if state is not None:
-            self._forward.kv.free(state.kv)
+        self._contexts.release(key)
+
+    def _may_draft(self, request: DraftRequest) -> bool:
+        length = len(request.token_ids) + request.num_tokens
+        return request.num_tokens >= 1 and length <= self._max_model_len
 
     def _draw(
         self, hidden: NDArray[np.float32], choosers: Sequence[SequenceSampler], room: int
@@ -152,48 +126,3 @@ class ModelDrafter:
                 distribution = drawn[i][1]
                 room -= distribution.nbytes if distribution is not None else 0
         return drawn
-
-    def _state(self, request: DraftRequest, upto: int) -> _State | None:
-        """Return the sequence's state with room for ``upto`` tokens, rejected drafts truncated."""
-        state = self._states.setdefault(request.key, _State(KvSequence(), []))
-        if not self._forward.kv.reserve(state.kv, upto):
-            self.release(request.key)
-            return None
-        agreed = _common_prefix(state.seen, request.token_ids)
-        # The last token is always read again: its hidden state is what the first draft comes from.
-        agreed = min(agreed, len(request.token_ids) - 1)
-        self._forward.kv.truncate(state.kv, agreed)
-        del state.seen[agreed:]
-        return state
-
-    def _read(self, work: Sequence[tuple[_State, Sequence[int]]]) -> None:
-        """Read tokens of several sequences in passes of bounded size."""
-        batch: list[tuple[KvSequence, Sequence[int], int]] = []
-        room = self._max_rows
-        for state, tokens in work:
-            for at in range(0, len(tokens), self._max_rows):
-                chunk = tokens[at : at + self._max_rows]
-                if len(chunk) > room:
-                    self._forward.run_tokens(batch)
-                    batch, room = [], self._max_rows
-                batch.append((state.kv, chunk, 0))
-                room -= len(chunk)
-                state.seen.extend(chunk)
-        if batch:
-            self._forward.run_tokens(batch)
-
-    def _unread(self, request: DraftRequest) -> list[int]:
-        state = self._states[request.key]
-        return list(request.token_ids[state.kv.length :])
-
-
-def _common_prefix(seen: list[int], token_ids: Sequence[int]) -> int:
-    """Return how many leading tokens agree; differences are near the end, so search there."""
-    length = min(len(seen), len(token_ids))
-    start = max(0, length - 64)
-    if seen[:start] != list(token_ids[:start]):
-        start = 0
-    for i in range(start, length):
-        if seen[i] != token_ids[i]:
-            return i
-    return length

@@ -52,15 +52,16 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.fixture(scope="module", params=["good", "bad", "ngram"])
+@pytest.fixture(scope="module", params=["good", "kin", "bad", "ngram"])
 def speculative(
     request: pytest.FixtureRequest, target: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> SpeculativeConfig:
     directory = tmp_path_factory.mktemp("sampling") / "draft"
     if request.param == "ngram":
         return SpeculativeConfig("ngram", num_speculative_tokens=3, prompt_lookup_min=1)
-    if request.param == "good":
-        write_draft(target, directory, noise=0.05)
+    if request.param in ("good", "kin"):
+        # The second one has the target's attention, so it reads the target's KV cache.
+        write_draft(target, directory, noise=0.05, same_attention=request.param == "kin")
     else:
         write_tiny(directory, "llama", seed=77, vocab_size=VOCABULARY, hidden_size=12)
     return SpeculativeConfig(

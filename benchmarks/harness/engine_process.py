@@ -25,6 +25,9 @@ class Step:
     num_steps: int
     """Steps of the engine so far, this one included."""
     streamed_bytes: int
+    busy_s: float
+    """Seconds in which something was being read, so far."""
+    wanted_experts: int
     num_tokens: int = 0
     first_tokens: int = 0
     """Sequences that got their first token here."""
@@ -41,6 +44,8 @@ class Totals:
     decode_s: float = 0.0
     decode_steps: int = 0
     decode_bytes: int = 0
+    decode_busy_s: float = 0.0
+    decode_wanted_experts: int = 0
     full_tokens: int = 0
     full_s: float = 0.0
     token_ids: list[list[int]] = field(default_factory=list)
@@ -62,6 +67,8 @@ class Totals:
         self.decode_s += end.at - begin.at
         self.decode_steps += end.num_steps - begin.num_steps
         self.decode_bytes += end.streamed_bytes - begin.streamed_bytes
+        self.decode_busy_s += end.busy_s - begin.busy_s
+        self.decode_wanted_experts += end.wanted_experts - begin.wanted_experts
         full = decode[: next((i + 1 for i, step in enumerate(decode) if step.finished), 0)]
         if full and not any(step.finished for step in steps[: last_first + 1]):
             self.full_tokens += sum(step.num_tokens for step in full)
@@ -159,7 +166,15 @@ def _run(
         if not steps or steps[-1].num_steps != stats.steps:
             paused_s += pauses.check()
             now = time.monotonic() - paused_s
-            steps.append(Step(now, stats.steps, stats.streamed_bytes))
+            steps.append(
+                Step(
+                    now,
+                    stats.steps,
+                    stats.streamed_bytes,
+                    stats.streamed_s,
+                    stats.wanted_experts,
+                )
+            )
         output, step = increment.outputs[0], steps[-1]
         so_far = token_ids[int(increment.request_id)]
         step.first_tokens += not so_far

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 from harness.machine import machine
 from harness.table import table
 from specmoeoff.config import EngineConfig
-from specmoeoff.engine.planned_build import PlannedConfig, open_planned
+from specmoeoff.engine.planned_build import open_planned
+from specmoeoff.engine.planned_memory import PlannedConfig
 from specmoeoff.engine.record import Recording, longest, record
 from specmoeoff.memory_size import parse_memory_size
 from specmoeoff.pipeline.hosts import costs_of

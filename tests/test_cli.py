@@ -80,6 +80,7 @@ def test_options_reach_the_engine_and_the_sampling() -> None:
     )
     arguments += " --max-num-batched-tokens 256 --max-model-len 99 --kv-dtype float32"
     arguments += " --seed 7 --dtype auto --expert-mode belt --cpu-target scalar"
+    arguments += " --schedule flexgen --device sim --device-memory 1GiB --micro-batches 4"
     arguments += " -n 5 -t 0.5 --top-p 0.9 --top-k 0 --n 2"
     arguments += " --stop a --stop b --ignore-eos --logprobs 0 --min-tokens 1"
     options = app.parse(arguments.split())
@@ -96,6 +97,10 @@ def test_options_reach_the_engine_and_the_sampling() -> None:
         kv_dtype="float32",
         num_threads=2,
         expert_mode="belt",
+        schedule="flexgen",
+        device="sim",
+        device_memory="1GiB",
+        num_micro_batches=4,
         cpu_target="scalar",
         seed=7,
     )
@@ -126,6 +131,14 @@ def _plain(options: Any) -> dict[str, Any]:
     import dataclasses
 
     return dataclasses.asdict(options)
+
+
+def test_a_device_and_a_schedule_reach_the_engine() -> None:
+    given = EngineOptions(model="M", schedule="moe_gen", device="sim", device_memory="2MiB")
+    config = given.engine()
+    assert (config.schedule, config.device, config.device_memory) == ("moe_gen", "sim", 2 << 20)
+    given.open_llm()
+    assert opened[0].options.items() >= {"schedule": "moe_gen", "device_memory": 2 << 20}.items()
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,6 @@ def test_an_engine_whose_draft_shares_has_one_cache(
         wanted = [output.outputs[0].token_ids for output in llm.generate(prompts, greedy)]
     with LLM(str(target), memory="1GiB", speculative_config=speculative) as llm:
         got = [output.outputs[0].token_ids for output in llm.generate(prompts, greedy)]
-        assert len(llm._engine._parts.elastic._caches) == (1 if shares else 2)
+        assert len(llm._engine._target._elastic._caches) == (1 if shares else 2)
         assert llm.stats().accepted_tokens > 0
     assert got == wanted

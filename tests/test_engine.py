@@ -36,7 +36,7 @@ class Oracle:
     def prefill(self, requests: list[DraftRequest], num_tokens: list[int]) -> None:
         pass
 
-    def propose(self, requests: list[DraftRequest]) -> list[Proposal]:
+    def propose(self, requests: list[DraftRequest], held_bytes: int = 0) -> list[Proposal]:
         return [self._propose(request) for request in requests]
 
     def release(self, key: int) -> None:
@@ -206,7 +206,7 @@ def test_stale_keys_and_values_are_never_read(tiny_mixtral: Path, kv_dtype: str)
     prompts = [{"prompt_token_ids": list(range(i, 2 * i + 1))} for i in (1, 31, 40, 70)]
     with LLM(str(tiny_mixtral), memory="4GiB", kv_dtype=kv_dtype) as llm:  # type: ignore[arg-type]
         wanted = [output.outputs[0].token_ids for output in llm.generate(prompts, FREE)]
-        kv = llm._engine._parts.kv
+        kv = llm._engine._target.kv
         for layer in range(2):
             for field in (*kv.layer(layer), *kv.scales(layer)):
                 if field is not None:

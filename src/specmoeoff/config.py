@@ -15,6 +15,7 @@ from specmoeoff.errors import InvalidInputError
 KvDtype = Literal["bfloat16", "float16", "float32", "int8"]
 ExpertMode = Literal["auto", "belt", "demand"]
 Dtype = Literal["float32", "bfloat16"]
+Device = Literal["auto", "cpu", "sim"]
 SpeculativeMethod = Literal["draft_model", "ngram"]
 
 KV_DTYPES: tuple[KvDtype, ...] = get_args(KvDtype)
@@ -132,8 +133,17 @@ class EngineConfig:
     """Hugging Face directory or hub id of the target."""
     memory: int | None = None
     """Budget in bytes for the whole process (peak RSS); None takes what is free, less a margin."""
-    device: Literal["auto", "cpu"] = "auto"
-    """Where the target runs."""
+    device: Device = "auto"
+    """Where the target runs: ``cpu``, which ``auto`` takes, or ``sim``, a device that is simulated
+    with a memory of its own, through which all that a GPU would get is copied."""
+    device_memory: int | None = None
+    """Bytes of the simulated device's memory, beside ``memory``; ``sim`` needs it."""
+    schedule: str = "auto"
+    """The order of work in a step. ``reactive`` reads experts as tokens are routed to them and
+    ahead of that; the names of ``pipeline.schedules`` run the plan of that schedule. ``auto`` takes
+    ``reactive`` on the CPU and ``specmoeoff`` elsewhere. The output is the same."""
+    num_micro_batches: int = 2
+    """Most parts that a plan cuts a step's sequences into."""
     dtype: Literal["auto"] | Dtype = "float32"
     """What the target's activations are rounded to before each product; sums and everything between
     products stay float32, and weights are as the checkpoint has them. ``bfloat16`` may change the
@@ -163,14 +173,21 @@ class EngineConfig:
     """Speculation; None is off."""
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "num_threads"):
+        for name in (
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "max_model_len",
+            "num_threads",
+            "device_memory",
+            "num_micro_batches",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidInputError(f"{name} is {value}; it must be at least 1")
         if self.seed < 0:
             raise InvalidInputError(f"seed is {self.seed}; it must be 0 or more")
         for name, allowed in (
-            ("device", ("auto", "cpu")),
+            ("device", get_args(Device)),
             ("dtype", ("auto", *DTYPES)),
             ("kv_dtype", KV_DTYPES),
             ("expert_mode", ("auto", "belt", "demand")),
@@ -179,6 +196,21 @@ class EngineConfig:
                 raise InvalidInputError(
                     f"{name} is {getattr(self, name)!r}; use one of {', '.join(allowed)}"
                 )
+        if (self.device == "sim") != (self.device_memory is not None):
+            raise InvalidInputError(
+                "device 'sim' and device_memory go together: give both, such as device_memory "
+                "'8GiB', or neither"
+            )
+        if self.is_planned and self.expert_mode != "auto":
+            raise InvalidInputError(
+                f"expert_mode is {self.expert_mode!r}, but a plan decides by itself what is read "
+                "when: leave it 'auto', or use schedule 'reactive' on device 'cpu'"
+            )
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether passes run by plans."""
+        return self.schedule not in ("auto", "reactive") or self.device == "sim"
 
 
 @dataclass(frozen=True)

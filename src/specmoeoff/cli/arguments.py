@@ -119,6 +119,34 @@ CpuTarget = Annotated[
         "--cpu-target", metavar="NAME", help="Kernels to use (see doctor). Default: the best."
     ),
 ]
+Schedule = Annotated[
+    str | None,
+    engine_option(
+        "--schedule",
+        metavar="NAME",
+        help="Order of work in a step, the output is the same: reactive (read experts as tokens "
+        "need them), or the plan of specmoeoff, zero_inference, flexgen, moe_lightning, moe_gen or "
+        "spec_offload. Default: reactive on cpu, specmoeoff on sim.",
+    ),
+]
+Device = Annotated[
+    str | None,
+    engine_option(
+        "--device", metavar="KIND", help="cpu, or sim: a device that is simulated. Default: cpu."
+    ),
+]
+DeviceMemory = Annotated[
+    str | None,
+    engine_option(
+        "--device-memory", metavar="SIZE", help="The device's memory, beside --memory (sim only)."
+    ),
+]
+MicroBatches = Annotated[
+    int | None,
+    engine_option(
+        "--micro-batches", metavar="M", help="Parts of a step's sequences in a plan. Default: 2."
+    ),
+]
 Seed = Annotated[int, engine_option("--seed", help="Seed of requests that set none.")]
 
 MaxTokens = Annotated[

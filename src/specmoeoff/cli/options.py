@@ -34,6 +34,10 @@ class EngineOptions:
     kv_dtype: str | None = None
     num_threads: int | None = None
     expert_mode: str | None = None
+    schedule: str | None = None
+    device: str | None = None
+    device_memory: str | None = None
+    num_micro_batches: int | None = None
     cpu_target: str | None = None
     seed: int = 0
 
@@ -90,6 +94,12 @@ class EngineOptions:
             "kv_dtype": self.kv_dtype,
             "num_threads": self.num_threads,
             "expert_mode": self.expert_mode,
+            "schedule": self.schedule,
+            "device": self.device,
+            "device_memory": None
+            if self.device_memory is None
+            else parse_memory_size(self.device_memory),
+            "num_micro_batches": self.num_micro_batches,
             "cpu_target": self.cpu_target,
         }
         return {name: value for name, value in optional.items() if value is not None}

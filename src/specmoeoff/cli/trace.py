@@ -13,7 +13,7 @@ from specmoeoff.memory_size import parse_memory_size
 
 if TYPE_CHECKING:
     from specmoeoff.cli.options import TraceOptions
-    from specmoeoff.engine.planned_build import PlannedConfig
+    from specmoeoff.engine.planned_memory import PlannedConfig
     from specmoeoff.pipeline.schedules.shape import StepShape
     from specmoeoff.pipeline.timeline import Timeline
 
@@ -66,7 +66,7 @@ def _check(options: TraceOptions) -> None:
 
 
 def _wanted(options: TraceOptions) -> PlannedConfig:
-    from specmoeoff.engine.planned_build import PlannedConfig
+    from specmoeoff.engine.planned_memory import PlannedConfig
     from specmoeoff.engine.record import longest
     from specmoeoff.pipeline.hosts import costs_of
 
@@ -77,10 +77,15 @@ def _wanted(options: TraceOptions) -> PlannedConfig:
         num_micro_batches=options.num_micro_batches,
         num_seqs=options.num_seqs,
         max_len=longest(options.context, options.num_steps),
-        max_tokens=max(options.num_seqs, MAX_PROMPT_TOKENS),
+        max_tokens=_pass_tokens(options),
         device_memory=parse_memory_size(options.device_memory) if options.device_memory else 0,
         costs=costs_of(options.host, options.scale) if is_sim else None,
     )
+
+
+def _pass_tokens(options: TraceOptions) -> int:
+    """Return the tokens of the largest pass."""
+    return max(options.num_seqs, MAX_PROMPT_TOKENS)
 
 
 def _measure(options: TraceOptions) -> Traced:
@@ -96,7 +101,7 @@ def _measure(options: TraceOptions) -> Traced:
             options.num_seqs,
             options.context,
             options.num_steps,
-            wanted.max_tokens,
+            _pass_tokens(options),
             options.engine.seed,
         )
     finally:

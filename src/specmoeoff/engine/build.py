@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 from specmoeoff import kernels
 from specmoeoff.engine.allocator import return_large_blocks
 from specmoeoff.engine.draft_kv import shared_layers
+from specmoeoff.engine.dtype import choose_dtype
 from specmoeoff.engine.engine import Engine, Parts
 from specmoeoff.engine.forward import Forward, ResidentExperts, Span
 from specmoeoff.engine.memory_plan import (
@@ -17,13 +19,26 @@ from specmoeoff.engine.memory_plan import (
     open_models,
     plan_models,
 )
-from specmoeoff.engine.weights import Loader, load_dense, load_whole
+from specmoeoff.engine.planned_build import load_planned
+from specmoeoff.engine.planned_memory import split_memory
+from specmoeoff.engine.planned_policy import fixed_plan, planned_config
+from specmoeoff.engine.planned_target import PlannedTarget
+from specmoeoff.engine.reactive_target import ReactiveTarget
+from specmoeoff.engine.weights import (
+    Loader,
+    ModelWeights,
+    dense_specs,
+    expert_specs,
+    load_dense,
+    load_whole,
+)
 from specmoeoff.errors import InvalidInputError
 from specmoeoff.models.registry import build_model
 from specmoeoff.offload.elastic import ElasticMemory
 from specmoeoff.offload.expert_store import ExpertStore
 from specmoeoff.offload.kv_cache import KvCache, KvLayers
 from specmoeoff.offload.reader import Reader
+from specmoeoff.pipeline.schedules.shape import Draft
 from specmoeoff.speculative.budget import AdaptiveBudget, FixedBudget
 from specmoeoff.speculative.draft_context import OwnContexts, TargetContexts
 from specmoeoff.speculative.model_drafter import ModelDrafter
@@ -38,7 +53,7 @@ if TYPE_CHECKING:
     from specmoeoff.config import EngineConfig, KvDtype, ModelConfig, SpeculativeConfig
     from specmoeoff.engine.memory_plan import MemoryPlan
     from specmoeoff.engine.model_files import ModelFiles
-    from specmoeoff.engine.weights import ModelWeights
+    from specmoeoff.engine.target import Target
     from specmoeoff.kernels import Activations
     from specmoeoff.offload.kv_cache import KvSequence
     from specmoeoff.speculative.drafter import Drafter
@@ -50,7 +65,7 @@ def build_engine(config: EngineConfig) -> Engine:
     Raises:
         CheckpointError: A model cannot be used.
         DoesNotFitError: The budget is too small; nothing was read.
-        InvalidInputError: This CPU does not have the target.
+        InvalidInputError: This CPU does not have the kernel target, or the schedule is unknown.
     """
     if config.cpu_target is not None:
         try:
@@ -61,47 +76,97 @@ def build_engine(config: EngineConfig) -> Engine:
     kernels.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
     return_large_blocks()
     target_files, draft_files = open_models(config)
-    plan, draft_files = plan_models(config, target_files, draft_files)
-    weights = load_dense(target_files.model, Loader(target_files.checkpoint))
-    drafter: Drafter | None = None
-    draft: _Draft | None = None
-    if config.speculative is not None and draft_files is not None:
-        draft = _load_draft(config.speculative, draft_files, target_files, weights)
-        if draft.target_layers is not None:
-            plan = plan.without_draft_kv()
-    elif config.speculative is not None and config.speculative.method == "ngram":
-        drafter = NgramDrafting(config.speculative)
-    kv = _kv_cache(target_files.model.config, config.kv_dtype, plan.kv_pages)
-    caches = [kv]
-    if draft is not None:
-        drafter, own = _model_drafter(draft, draft_kv_dtype(config), plan, kv)
-        caches += own
-    shared_bytes = draft.weights.shared_bytes if draft is not None else 0
-    elastic_bytes = plan.elastic_bytes + shared_bytes
+    if config.is_planned:
+        return _planned_engine(config, target_files, draft_files)
+    return _reactive_engine(config, target_files, draft_files)
+
+
+def _reactive_engine(
+    config: EngineConfig, files: ModelFiles, draft_files: ModelFiles | None
+) -> Engine:
+    plan, draft_files = plan_models(config, files, draft_files)
+    weights = load_dense(files.model, Loader(files.checkpoint))
+    draft = _load_draft(config, draft_files, files, weights)
+    if draft is not None and draft.target_layers is not None:
+        plan = plan.without_draft_kv()
+    kv = _kv_cache(files.model.config, config.kv_dtype, plan.kv_pages)
+    drafting = _drafting(config, draft, plan, kv)
+    caches = [kv, *drafting.caches]
+    elastic_bytes = plan.elastic_bytes + drafting.shared_bytes
     reader = Reader()
-    model = build_model(target_files.model.config, plan.policy.dtype)
+    model = build_model(files.model.config, plan.policy.dtype)
     store = ExpertStore(
-        target_files.expert_layouts(),
+        files.expert_layouts(),
         max(model.config.num_experts_per_tok, 1),
         (elastic_bytes + plan.largest_step_bytes) // plan.policy.expert_slot_bytes,
         reader,
         config.expert_mode,
     )
+    elastic = ElasticMemory(elastic_bytes, store, caches, plan.policy.min_expert_slots)
+    target = ReactiveTarget(model, weights, store, kv, elastic, reader)
+    return _engine(config, plan, target, drafting)
+
+
+def _planned_engine(
+    config: EngineConfig, files: ModelFiles, draft_files: ModelFiles | None
+) -> Engine:
+    wanted = planned_config(config)
+    split = split_memory(config, wanted, files, draft_files)
+    dtype = choose_dtype(config.dtype, files)
+    plan = fixed_plan(config, split, files, draft_files, dtype)
+    planned = load_planned(config, wanted, files, split, dtype, _draft_size(config, draft_files))
+    try:
+        draft = _load_draft(config, draft_files, files, planned.forward.weights)
+        drafting = _drafting(config, draft, plan, planned.forward.kv)
+    except BaseException:
+        planned.close()
+        raise
+    return _engine(config, plan, PlannedTarget(planned, split.num_slots), drafting)
+
+
+@dataclass(frozen=True)
+class _Drafting:
+    """A drafter and what it holds."""
+
+    drafter: Drafter | None
+    caches: tuple[KvCache, ...] = ()
+    """Of its own."""
+    shared_bytes: int = 0
+
+
+def _engine(config: EngineConfig, plan: MemoryPlan, target: Target, drafting: _Drafting) -> Engine:
     return Engine(
         Parts(
-            config=model.config,
+            config=plan.passes[0],
             plan=plan,
-            target=Forward(model, weights, store, kv),
-            kv=kv,
-            store=store,
-            reader=reader,
-            elastic=ElasticMemory(elastic_bytes, store, caches, plan.policy.min_expert_slots),
-            drafter=drafter,
+            target=target,
+            drafter=drafting.drafter,
             budget=_budget(config.speculative),
-            shared_bytes=shared_bytes,
+            shared_bytes=drafting.shared_bytes,
             seed=config.seed,
         )
     )
+
+
+def _drafting(
+    config: EngineConfig, draft: _Draft | None, plan: MemoryPlan, target_kv: KvCache
+) -> _Drafting:
+    if draft is not None:
+        drafter, caches = _model_drafter(draft, draft_kv_dtype(config), plan, target_kv)
+        return _Drafting(drafter, caches, draft.weights.shared_bytes)
+    if config.speculative is not None and config.speculative.method == "ngram":
+        return _Drafting(NgramDrafting(config.speculative))
+    return _Drafting(None)
+
+
+def _draft_size(config: EngineConfig, files: ModelFiles | None) -> Draft | None:
+    """Return what a draft model weighs."""
+    if files is None or config.speculative is None:
+        return None
+    loader = Loader(files.checkpoint, to_int8=config.speculative.draft_weight_dtype == "int8")
+    num_bytes = files.dense_bytes(loader) + files.expert_bytes(loader)
+    specs = [*dense_specs(files.model), *expert_specs(files.model)]
+    return Draft(0, num_bytes, sum(math.prod(spec.shape) for spec in specs))
 
 
 class DraftForward:
@@ -136,19 +201,22 @@ class _Draft:
 
 
 def _load_draft(
-    speculative: SpeculativeConfig, files: ModelFiles, target: ModelFiles, weights: ModelWeights
-) -> _Draft:
+    config: EngineConfig, files: ModelFiles | None, target: ModelFiles, weights: ModelWeights
+) -> _Draft | None:
+    speculative = config.speculative
+    if files is None or speculative is None:
+        return None
     loader = Loader(files.checkpoint, weights, speculative.draft_weight_dtype == "int8")
-    own, config = load_whole(files.model, loader), files.model.config
+    own, model = load_whole(files.model, loader), files.model.config
     layers = None
     if speculative.share_kv:
-        layers = shared_layers(config, own, target.model.config, weights)
-    return _Draft(config, own, layers)
+        layers = shared_layers(model, own, target.model.config, weights)
+    return _Draft(model, own, layers)
 
 
 def _model_drafter(
     draft: _Draft, kv_dtype: KvDtype, plan: MemoryPlan, target_kv: KvCache
-) -> tuple[ModelDrafter, list[KvCache]]:
+) -> tuple[ModelDrafter, tuple[KvCache, ...]]:
     """Return the drafter and the caches it has of its own."""
     # Drafts never change the output, so they take the rounding where it makes them faster.
     activations: Activations = "bfloat16" if kernels.multiplies_bfloat16() else "float32"
@@ -158,11 +226,11 @@ def _model_drafter(
     if draft.target_layers is not None:
         layers = KvLayers(target_kv, draft.target_layers)
         forward = DraftForward(Forward(model, draft.weights, experts, layers))
-        return ModelDrafter(forward, TargetContexts(), longest, plan.distribution_bytes), []
+        return ModelDrafter(forward, TargetContexts(), longest, plan.distribution_bytes), ()
     kv = _kv_cache(draft.config, kv_dtype, plan.kv_pages)
     forward = DraftForward(Forward(model, draft.weights, experts, kv))
     contexts = OwnContexts(kv, forward.run_tokens, longest, DRAFT_ROWS)
-    return ModelDrafter(forward, contexts, longest, plan.distribution_bytes), [kv]
+    return ModelDrafter(forward, contexts, longest, plan.distribution_bytes), (kv,)
 
 
 def _kv_cache(model: ModelConfig, dtype: KvDtype, max_pages: int) -> KvCache:

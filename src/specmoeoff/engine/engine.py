@@ -1,4 +1,4 @@
-"""The engine: each step schedules, proposes, runs one pass of the target, verifies and commits.
+"""The engine: each step schedules, runs one pass in which drafts are proposed, verifies, commits.
 
 Everything a step needs was sized when the engine was built, within the memory plan. Knows requests
 and tokens; text comes in and goes out through llm.py.
@@ -11,15 +11,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from specmoeoff import kernels
-from specmoeoff.engine.forward import Forward, Span
+from specmoeoff.engine.drafting import Drafting
 from specmoeoff.engine.memory_plan import peak_resident_bytes
 from specmoeoff.engine.scheduler import Scheduled, Scheduler
 from specmoeoff.engine.sequence import Request, Sequence
 from specmoeoff.engine.stats import EngineStats, StepFigures
-from specmoeoff.engine.verification import needs_logits, num_outputs, verify_batch
+from specmoeoff.engine.verification import needs_logits, verify_batch
 from specmoeoff.errors import InvalidInputError
 from specmoeoff.sampling import SequenceSampler
-from specmoeoff.speculative.drafter import DraftRequest, Proposal
 from specmoeoff.speculative.verify import Verification, truncate_at_stop
 
 if TYPE_CHECKING:
@@ -27,13 +26,10 @@ if TYPE_CHECKING:
 
     from specmoeoff.config import ModelConfig, Policy
     from specmoeoff.engine.memory_plan import MemoryPlan
-    from specmoeoff.offload.elastic import ElasticMemory
-    from specmoeoff.offload.expert_store import ExpertStore
-    from specmoeoff.offload.kv_cache import KvCache
-    from specmoeoff.offload.reader import Reader
+    from specmoeoff.engine.target import Target
     from specmoeoff.sampling_params import SamplingParams
     from specmoeoff.speculative.budget import AdaptiveBudget, FixedBudget
-    from specmoeoff.speculative.drafter import Drafter
+    from specmoeoff.speculative.drafter import Drafter, Proposal
     from specmoeoff.text import Detokenizer
 
 
@@ -54,11 +50,7 @@ class Parts:
 
     config: ModelConfig
     plan: MemoryPlan
-    target: Forward
-    kv: KvCache
-    store: ExpertStore
-    reader: Reader
-    elastic: ElasticMemory
+    target: Target
     drafter: Drafter | None
     budget: AdaptiveBudget | FixedBudget
     shared_bytes: int
@@ -74,7 +66,7 @@ class Engine:
         self._target = parts.target
         self._drafter = parts.drafter
         self._scheduler = Scheduler(
-            parts.kv,
+            parts.target.kv,
             parts.plan.policy.max_num_seqs,
             parts.plan.policy.max_num_batched_tokens,
             self._release_draft,
@@ -158,14 +150,18 @@ class Engine:
         if not batch:
             raise RuntimeError("no sequence can run: the KV cache is smaller than its plan")
         self._lend_spare_memory(batch)
+        drafting = Drafting(batch, self._drafter)
+        proposals = drafting.proposals
+        propose = drafting.with_drafts if self._drafter is not None else None
         try:
-            proposals = self._propose(batch)
-            hidden = self._target.run([_span(w, p) for w, p in zip(batch, proposals, strict=True)])
+            # Tokens are proposed within the pass, so that a plan can draft some while others run.
+            hidden = self._target.run(drafting.spans(), propose)
             verifications = verify_batch(self._target, batch, proposals, hidden)
         except BaseException:
             self._forget_pass(batch)
             raise
         updates = self._commit(batch, proposals, verifications)
+        self._stats.draft_s += drafting.draft_s
         figures = StepFigures.of(batch, proposals, verifications, time.perf_counter() - start)
         self._stats.add(figures)
         if self._drafter is not None and figures.prompt_rows == 0:
@@ -179,25 +175,7 @@ class Engine:
         num_tokens = sum(work.num_tokens + work.num_drafts for work in batch)
         samples = any(work.num_drafts and not work.sequence.sampler.greedy for work in batch)
         spare = self._parts.plan.spare_step_bytes(num_tokens, samples, needs_logits(batch))
-        self._parts.elastic.lend(spare)
-
-    def _propose(self, batch: list[Scheduled]) -> list[Proposal]:
-        """Draft for the decoding sequences; the drafter reads the prompts that the target reads."""
-        proposals = [Proposal() for _ in batch]
-        if self._drafter is None:
-            return proposals
-        start = time.perf_counter()
-        reading = [work for work in batch if not work.decodes]
-        self._drafter.prefill(
-            [_draft_request(work) for work in reading],
-            [work.sequence.kv.length + work.num_tokens for work in reading],
-        )
-        places = [i for i, work in enumerate(batch) if work.num_drafts]
-        made = self._drafter.propose([_draft_request(batch[i]) for i in places])
-        for i, proposal in zip(places, made, strict=True):
-            proposals[i] = proposal
-        self._stats.draft_s += time.perf_counter() - start
-        return proposals
+        self._target.lend(spare)
 
     def _commit(
         self,
@@ -239,7 +217,7 @@ class Engine:
         self._stats.generated_tokens += len(kept)
         self._stats.decode_tokens += len(kept) if work.decodes else 0
         # What was rejected, and what came after a stop, is cut off by length alone.
-        self._parts.kv.truncate(sequence.kv, len(sequence.token_ids) - 1)
+        self._target.kv.truncate(sequence.kv, len(sequence.token_ids) - 1)
         if sequence.finish_reason is not None:
             self._retire(sequence)
         return Update(sequence, kept, text, request.is_finished)
@@ -247,7 +225,7 @@ class Engine:
     def _retire(self, sequence: Sequence) -> None:
         self._scheduler.remove(sequence)
         self._release_draft(sequence)
-        self._parts.elastic.rebalance()
+        self._target.rebalance()
         if sequence.request.is_finished:
             sequence.request.finished_time = time.monotonic()
 
@@ -265,41 +243,17 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Return the counters up to now."""
-        stats, store, reader = self._stats, self._parts.store, self._parts.reader
-        stats.streamed_bytes = reader.stats.bytes
-        stats.streamed_s = reader.busy_seconds()
-        stats.stalled_s = store.stats.stalled_s
-        stats.wanted_experts = store.stats.wanted_experts
-        stats.fetched_experts = store.stats.fetched_experts
-        stats.expert_slots = store.num_slots
+        stats = self._stats
+        self._target.count(stats)
         stats.peak_memory_bytes = peak_resident_bytes()
         stats.num_threads = kernels.num_threads()
         stats.cpu_target = kernels.cpu_target()
         stats.preemptions = self._scheduler.num_preemptions
-        stats.lane_busy_s = {
-            "disk": stats.streamed_s,
-            "cpu": stats.step_s - stats.stalled_s,
-            "draft": stats.draft_s,
-        }
         return stats
 
     def close(self) -> None:
-        """Stop the reader; the engine cannot step afterwards."""
-        self._parts.reader.close()
-
-
-def _draft_request(work: Scheduled) -> DraftRequest:
-    sequence = work.sequence
-    return DraftRequest(
-        sequence.key, sequence.token_ids, work.num_drafts, sequence.sampler, sequence.kv
-    )
-
-
-def _span(work: Scheduled, proposal: Proposal) -> Span:
-    sequence = work.sequence
-    start = sequence.kv.length
-    token_ids = sequence.token_ids[start : start + work.num_tokens] + proposal.token_ids
-    return Span(sequence.kv, token_ids, num_outputs(work, proposal))
+        """Stop the target's reading; the engine cannot step afterwards."""
+        self._target.close()
 
 
 def _extend_text(

@@ -61,6 +61,8 @@ class Span:
     token_ids: Sequence[int]
     num_outputs: int
     """Of how many of the last tokens the hidden state is wanted."""
+    num_drafts: int = 0
+    """Most tokens that may still be drafted after these; see ``engine.target``."""
 
 
 class Forward:

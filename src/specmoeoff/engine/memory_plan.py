@@ -149,15 +149,13 @@ def make_plan(config: EngineConfig, target: ModelFiles, draft: ModelFiles | None
     """Split the budget between the named parts."""
     memory = config.memory or default_memory()
     model = target.model.config
-    model_len = min(
-        config.max_model_len or model.max_position_embeddings, model.max_position_embeddings
-    )
+    model_len = longest_sequence(config, model)
     slot = max(layout.num_bytes for layer in target.expert_layouts() for layout in layer)
-    page = _page_bytes(model, config.kv_dtype)
-    draft_page = _page_bytes(draft.model.config, draft_kv_dtype(config)) if draft else 0
+    page = kv_page_bytes(model, config.kv_dtype)
+    draft_page = kv_page_bytes(draft.model.config, draft_kv_dtype(config)) if draft else 0
     least_slots = MIN_SLOTS * slot
     least_kv = -(-min(MIN_KV_TOKENS, model_len) // PAGE_TOKENS) * (page + draft_page)
-    parts = _weights(config, target, draft)
+    parts = weight_parts(config, target, draft)
     room = memory - sum(num_bytes for _, num_bytes in parts) - least_slots - least_kv
     # No more than half of what is free, or sequences would have no room for their tokens.
     activations = int(min(ACTIVATION_SHARE * memory, room / 2))
@@ -191,6 +189,12 @@ def make_plan(config: EngineConfig, target: ModelFiles, draft: ModelFiles | None
     )
 
 
+def longest_sequence(config: EngineConfig, model: ModelConfig) -> int:
+    """Return the tokens of the longest sequence that the model and the user allow."""
+    limit = model.max_position_embeddings
+    return min(config.max_model_len or limit, limit)
+
+
 def activation_bytes(model: ModelConfig, num_tokens: int, logit_rows: int = LOGIT_ROWS) -> int:
     """Return the bytes a step of ``num_tokens`` holds at its peak, logits of so many rows included.
 
@@ -203,7 +207,7 @@ def activation_bytes(model: ModelConfig, num_tokens: int, logit_rows: int = LOGI
     return 4 * (num_tokens * per_token + logits)
 
 
-def _weights(
+def weight_parts(
     config: EngineConfig, target: ModelFiles, draft: ModelFiles | None
 ) -> list[tuple[str, int]]:
     """Return what is there whatever a step does: the runtime and what is loaded once."""
@@ -237,14 +241,14 @@ def _step(
     asked = config.max_num_batched_tokens
     choices = STEP_TOKENS if asked is None else (asked,)
     for tokens in choices:
-        held = _step_parts(config, model, draft, tokens)
+        held = step_parts(config, model, draft, tokens)
         fits = sum(num_bytes for _, num_bytes in held) <= room
         if fits and activation_bytes(model, tokens) <= max_activations:
             break
     return tokens, held
 
 
-def _step_parts(
+def step_parts(
     config: EngineConfig, model: ModelConfig, draft: ModelFiles | None, tokens: int
 ) -> list[tuple[str, int]]:
     """Return what a step of so many tokens holds beside weights and KV."""
@@ -264,7 +268,8 @@ def _kv_pages(pages: int, max_num_seqs: int, max_model_len: int) -> int:
     return max(1, min(pages, max_num_seqs * (-(-max_model_len // PAGE_TOKENS) + 1)))
 
 
-def _page_bytes(model: ModelConfig, dtype: KvDtype) -> int:
+def kv_page_bytes(model: ModelConfig, dtype: KvDtype) -> int:
+    """Return the bytes of a page of a model's KV cache, all layers."""
     return page_bytes(model.num_layers, model.num_kv_heads, model.head_dim, dtype)
 
 

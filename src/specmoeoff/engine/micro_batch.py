@@ -57,7 +57,7 @@ class Past:
 def cut(spans: Sequence[Span], num_micro_batches: int) -> list[Sequence[Span]]:
     """Divide spans into at most so many runs of about as many tokens each; none is empty."""
     wanted = min(num_micro_batches, len(spans))
-    ends = np.cumsum([len(span.token_ids) for span in spans])
+    ends = np.cumsum([len(span.token_ids) + span.num_drafts for span in spans])
     cuts = [0]
     for part in range(1, wanted):
         nearest = int(np.searchsorted(ends, ends[-1] * part / wanted)) + 1

@@ -42,6 +42,11 @@ class ModelFiles:
         check_layout(checkpoint.tensors)
         return cls(directory, checkpoint, model)
 
+    @property
+    def total_experts(self) -> int:
+        """Experts of all layers."""
+        return self.model.config.num_layers * self.model.num_ffn_experts
+
     def dense_bytes(self, loader: Loader) -> int:
         """Return the bytes of everything but the experts, once loaded."""
         return sum(round_up(loader.stored_bytes(spec)) for spec in dense_specs(self.model))

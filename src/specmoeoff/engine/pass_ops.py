@@ -52,20 +52,27 @@ class PassOps:
     kv: KvCache
     experts: PlannedExperts
     slices: list[Slice]
+    """Micro-batches whose tokens are known; ``draft`` gives the others, one after the other."""
+    num_rows: int
+    """Most rows that all micro-batches may have together."""
     has_link: bool
+    draft: Callable[[int, int], Slice] | None = None
+    """Drafts for a micro-batch and gives it its place from a row on."""
     on_outputs: Callable[[int, F32], None] | None = None
     """Told of each micro-batch's hidden states [R, hidden] once they are final."""
     x: F32 = field(init=False)
     """The residual stream, [T, hidden]."""
 
     def __post_init__(self) -> None:
-        shape = (self.slices[-1].rows.stop, self.model.config.hidden_size)
+        shape = (self.num_rows, self.model.config.hidden_size)
         top_k = max(self.model.config.num_experts_per_tok, 1)
         self.x = np.empty(shape, np.float32)
         self._h = np.empty(shape, np.float32)
         self._expert_ids = np.empty((shape[0], top_k), np.int32)
         self._expert_weights = np.empty((shape[0], top_k), np.float32)
         self._routed: dict[tuple[int, ...], tuple[int, Routed]] = {}
+        self.wanted_experts = 0
+        """Experts that had rows, counted each time they ran."""
 
     def perform(self, op: Op, stop: threading.Event) -> None:
         """Do what an op says; ops end by themselves soon, so ``stop`` is not asked."""
@@ -84,6 +91,12 @@ class PassOps:
         self.experts.load((_layer(op), op.experts[0]), op.acquires[0])
 
     # -- a micro-batch -----------------------------------------------------------------------------
+
+    def _draft(self, op: Op) -> None:
+        (m,) = op.micro_batches
+        assert self.draft is not None
+        assert m == len(self.slices), "micro-batches are drafted in their order"
+        self.slices.append(self.draft(m, self.slices[-1].rows.stop if m else 0))
 
     def _embed(self, op: Op) -> None:
         part = self._slice(op)
@@ -178,6 +191,7 @@ class PassOps:
         """Add what some experts make of the rows routed to them, in rising order of the experts."""
         routed = self._route(op)
         wanted = [e for e in op.experts if routed.counts[e]]
+        self.wanted_experts += len(wanted)
         if not wanted:
             return
         start = int(routed.ends[wanted[0]] - routed.counts[wanted[0]])
@@ -239,6 +253,7 @@ class PassOps:
 _OPS: dict[str, Callable[[PassOps, Op], None]] = {
     "read": PassOps._read,
     "load": PassOps._load,
+    "draft": PassOps._draft,
     "embed": PassOps._embed,
     "hidden_in": PassOps._hidden_in,
     "pre_attention": PassOps._pre_attention,

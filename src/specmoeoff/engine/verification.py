@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from specmoeoff.engine.forward import Forward
     from specmoeoff.engine.scheduler import Scheduled
+    from specmoeoff.engine.target import Target
     from specmoeoff.speculative.drafter import Proposal
 
     Hidden = NDArray[np.float32]
@@ -34,7 +34,7 @@ def num_outputs(work: Scheduled, proposal: Proposal) -> int:
 
 
 def verify_batch(
-    target: Forward, batch: Sequence[Scheduled], proposals: Sequence[Proposal], hidden: Hidden
+    target: Target, batch: Sequence[Scheduled], proposals: Sequence[Proposal], hidden: Hidden
 ) -> list[Verification | None]:
     """Judge each sequence's drafts and choose its next token.
 
@@ -108,7 +108,7 @@ def _wants_prompt_logprobs(work: Scheduled) -> bool:
     return known is not None and len(known) < len(request.prompt_token_ids)
 
 
-def _note_prompt_logprobs(target: Forward, work: Scheduled, rows: Hidden) -> None:
+def _note_prompt_logprobs(target: Target, work: Scheduled, rows: Hidden) -> None:
     """Append the log-probabilities of the prompt tokens that follow the rows' positions."""
     request = work.sequence.request
     assert request.prompt_logprobs is not None

@@ -38,7 +38,7 @@ Kind = Literal[
     "experts",  # the feed-forward of some experts over the rows routed to them
     "hidden_out",  # hidden states to the host
     "head",  # the wanted rows' hidden states, and what is made of them
-    "draft",  # propose the next step's tokens
+    "draft",  # propose tokens of this step
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 

@@ -41,6 +41,11 @@ class Proposal:
     distributions: list[Distribution | None] = field(default_factory=list)
     """What each token was drawn from; None says that it was proposed with certainty."""
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the distributions take until they are verified."""
+        return sum(d.nbytes for d in self.distributions if d is not None)
+
 
 class Drafter(Protocol):
     """Proposes chains of tokens and keeps whatever state that takes."""
@@ -48,8 +53,8 @@ class Drafter(Protocol):
     def prefill(self, requests: Sequence[DraftRequest], num_tokens: Sequence[int]) -> None:
         """Read the first ``num_tokens[i]`` tokens of each prompt (the target is doing the same)."""
 
-    def propose(self, requests: Sequence[DraftRequest]) -> list[Proposal]:
-        """Return a proposal per request."""
+    def propose(self, requests: Sequence[DraftRequest], held_bytes: int = 0) -> list[Proposal]:
+        """Return a proposal per request, where earlier ones of the step hold so many bytes."""
 
     def release(self, key: int) -> None:
         """Forget a sequence that ended or lost its memory."""

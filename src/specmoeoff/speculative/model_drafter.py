@@ -66,7 +66,7 @@ class ModelDrafter:
         """Read prompts alongside the target, so that the first proposal need not."""
         self._contexts.prefill(requests, num_tokens)
 
-    def propose(self, requests: Sequence[DraftRequest]) -> list[Proposal]:
+    def propose(self, requests: Sequence[DraftRequest], held_bytes: int = 0) -> list[Proposal]:
         """Draft up to ``num_tokens`` for each request, all requests in one batch per token."""
         proposals = [Proposal() for _ in requests]
         possible = [i for i, request in enumerate(requests) if self._may_draft(request)]
@@ -75,7 +75,6 @@ class ModelDrafter:
         live = list(contexts)
         rows = [requests[i].token_ids[contexts[i].kv.length :] for i in live]
         choosers = {i: requests[i].sampler.fork() for i in live}
-        held_bytes = 0
         while live:
             hidden = self._forward.run_tokens(
                 [(contexts[i].kv, row, 1) for i, row in zip(live, rows, strict=True)]

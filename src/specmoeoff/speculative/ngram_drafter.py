@@ -23,7 +23,7 @@ class NgramDrafting:
     def prefill(self, requests: Sequence[DraftRequest], num_tokens: Sequence[int]) -> None:
         """Nothing to read ahead of the first proposal."""
 
-    def propose(self, requests: Sequence[DraftRequest]) -> list[Proposal]:
+    def propose(self, requests: Sequence[DraftRequest], held_bytes: int = 0) -> list[Proposal]:
         """Propose what followed the last tokens where they stood before, if they did."""
         return [self._propose(request) for request in requests]
 

@@ -52,7 +52,7 @@ def build(shape: StepShape, held: tuple[Held, ...] = ()) -> Plan:
         gate = tuple(range(begin, writer.num_ops))
     for m in range(num_batches):
         _fetch(writer, ready, m, gate)
-        writer.draft(m, [writer.head(m, ready[m])])
+        writer.head(m, ready[m])
     return writer.finish(belt.held, belt.run_on())
 
 

@@ -39,7 +39,7 @@ def build(shape: StepShape, held: tuple[Held, ...] = ()) -> Plan:
                 belt.load(layer, e)
             done = [belt.run(layer, [e], batch, [*routed, *done], release=True)]
     for m in batch:
-        writer.draft(m, [writer.head(m, done)])
+        writer.head(m, done)
     return writer.finish(belt.held, belt.holding())
 
 

@@ -50,7 +50,7 @@ def build(shape: StepShape, held: tuple[Held, ...] = ()) -> Plan:
         if turn + AHEAD < len(turns) and (ahead := turns[turn + AHEAD]) in done:
             attended[ahead] = _attend(writer, ahead, done[ahead])
     for m in range(num_batches):
-        writer.draft(m, [writer.head(m, [done[shape.config.num_layers, m]])])
+        writer.head(m, [done[shape.config.num_layers, m]])
     return writer.finish(belt.held, belt.run_on())
 
 

@@ -1,7 +1,8 @@
 """SpecOffload's two half-batches: the target verifies one while the draft proposes for the other.
 
 Attention of the target is on the host, its feed-forward streamed; the draft has the device to
-itself in between. Each half is a pass of its own, so the weights are streamed once for each.
+itself in between. Each half is a pass of its own, so the weights are streamed once for each. A step
+verifies all its drafts, so the first half is drafted before its turn and not beside the last one.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ def build(shape: StepShape, held: tuple[Held, ...] = ()) -> Plan:
     for turn, half in enumerate(halves):
         begin = ended
         done = [writer.embed(m, begin) for m in half]
-        if len(halves) > 1:
-            for m in halves[1 - turn]:
-                writer.draft(m, begin)
         for layer in range(shape.config.num_layers):
             attended = [
                 writer.attend_on_host(layer, m, writer.pre_attention(layer, m, done)) for m in half
             ]
+            if shape.draft is not None and layer == turn == 0:
+                for m in batch[middle:]:
+                    writer.draft(m)
             routed = [
                 writer.post_attention(layer, m, at) for m, at in zip(half, attended, strict=True)
             ]
@@ -41,7 +42,4 @@ def build(shape: StepShape, held: tuple[Held, ...] = ()) -> Plan:
                 belt.load(layer, e)
             done = [belt.run(layer, range(shape.num_experts), half, routed, release=True)]
         ended = [writer.head(m, done) for m in half]
-        if len(halves) == 1:
-            for m, head in zip(half, ended, strict=True):
-                writer.draft(m, [head])
     return writer.finish(belt.held, belt.run_on())

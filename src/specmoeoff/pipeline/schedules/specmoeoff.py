@@ -2,8 +2,9 @@
 
 Every expert is loaded once a step and runs over as many rows as possible: over the whole batch, or,
 where attention on the host is what takes long, over each of ``waves`` groups of micro-batches, so
-that one group's attention overlaps another group's experts. The belt never stops: whatever is free
-at the end of the step is filled for the next one while tokens are verified and drafted.
+that one group's attention overlaps another group's experts. Late micro-batches are drafted while
+early ones are in attention. The belt never stops: whatever is free at the end of the step is filled
+for the next one while tokens are verified and drafted.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def build(shape: StepShape, held: tuple[Held, ...] = ()) -> Plan:
                 if layer < last_layer:
                     attended[w][m] = _attention(writer, layer + 1, m, done)
                 else:
-                    writer.draft(m, [writer.head(m, done)])
+                    writer.head(m, done)
     return writer.finish(belt.held, belt.run_on())
 
 

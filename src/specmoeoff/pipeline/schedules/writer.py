@@ -28,6 +28,8 @@ class PlanWriter:
         self._buffers: dict[str, Buffer] = {}
         self._users: dict[str, list[int]] = {}
         self._released: dict[str, int] = {}
+        self._drafts: dict[int, int] = {}
+        """By micro-batch, in the order they are made."""
 
     # -- any op ------------------------------------------------------------------------------------
 
@@ -95,9 +97,18 @@ class PlanWriter:
     # -- the ops of a layer ------------------------------------------------------------------------
 
     def embed(self, m: int, after: Iterable[int] = ()) -> int:
-        """Token ids to hidden states."""
+        """Token ids to hidden states; those that are still to be drafted are drafted first."""
+        if self.shape.draft is not None:
+            after = [*after, self._drafts[m] if m in self._drafts else self.draft(m, after)]
         size = (self.shape.hidden(m), 0)
         return self.add("embed", self.compute, after, size, micro_batches=(m,))
+
+    def draft(self, m: int, after: Iterable[int] = ()) -> int:
+        """Propose tokens of a micro-batch, which settles how many it has: one after the other."""
+        after = [*after, *list(self._drafts.values())[-1:]]
+        size = self.shape.drafting(m)
+        self._drafts[m] = self.add("draft", self.compute, after, size, micro_batches=(m,))
+        return self._drafts[m]
 
     def hidden_in(self, m: int, after: Iterable[int]) -> int | None:
         """Hidden states to the device; nothing, where they are there."""
@@ -159,6 +170,8 @@ class PlanWriter:
         """Copy a micro-batch's past to the device, where the cache is not there already."""
         if not self.shape.placement.has_link:
             return None
+        # Which pages those are is known when the tokens are.
+        after = [*after, *(n for drafted, n in self._drafts.items() if drafted == m)]
         name = self.buffer(f"kv {buffer}", "kv", self.shape.kv(m))
         where = {"layer": layer, "micro_batches": (m,)}
         return self.add("kv_in", "h2d", after, (self.shape.kv(m), 0), acquires=(name,), **where)
@@ -201,12 +214,6 @@ class PlanWriter:
     def head(self, m: int, after: Iterable[int]) -> int:
         """Logits of the wanted rows, and what is made of them."""
         return self.add("head", self.compute, after, self.shape.head(m), micro_batches=(m,))
-
-    def draft(self, m: int, after: Iterable[int]) -> int | None:
-        """Propose a micro-batch's next tokens, if the step has a draft."""
-        if self.shape.draft is None:
-            return None
-        return self.add("draft", self.compute, after, self.shape.drafting(m), micro_batches=(m,))
 
     def _store_kv(
         self, lane: Lane, layer: int, m: int, after: Iterable[int], **buffers: Any

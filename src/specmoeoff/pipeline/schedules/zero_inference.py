@@ -30,6 +30,4 @@ def build(shape: StepShape, held: tuple[Held, ...] = ()) -> Plan:
                 belt.load(layer, e)
             done = [belt.run(layer, range(shape.num_experts), (m,), [routed], release=True)]
         previous = [writer.head(m, done)]
-        if (draft := writer.draft(m, previous)) is not None:
-            previous = [draft]
     return writer.finish(belt.held, belt.holding())

@@ -1,0 +1,241 @@
+"""Splits the memory of planned passes by tier before any weight is read: nothing is traded later.
+
+A plan counts on its slots from step to step, so slots and KV cache each have a share of their own.
+With a simulated device, weights that stay, drafts, experts in use and what a schedule ships there
+have to fit in the device's memory; the process, the KV cache and the experts behind the link in the
+host's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from specmoeoff.engine.memory_plan import (
+    ACTIVATION_SHARE,
+    DISTRIBUTIONS,
+    DRAFT_ROWS,
+    MIN_KV_TOKENS,
+    PAGE_TOKENS,
+    STEP_TOKENS,
+    activation_bytes,
+    default_memory,
+    draft_kv_dtype,
+    kv_page_bytes,
+    longest_sequence,
+    make_plan,
+    step_parts,
+    weight_parts,
+)
+from specmoeoff.offload.planned_experts import slot_bytes
+from specmoeoff.offload.tiers import Tier
+from specmoeoff.pipeline.schedules import build_plan
+from specmoeoff.pipeline.schedules.shape import (
+    CPU,
+    DEVICE,
+    DEVICE_AND_DISK,
+    MicroBatch,
+    Placement,
+    StepShape,
+)
+
+if TYPE_CHECKING:
+    from specmoeoff.config import EngineConfig
+    from specmoeoff.engine.model_files import ModelFiles
+    from specmoeoff.pipeline.costs import Costs
+
+DeviceKind = Literal["cpu", "sim"]
+KV_ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1}
+HOST_SLOTS = 4
+"""Experts on their way from disk to the device; one arrives while another leaves."""
+KV_SHARE = 0.25
+"""Share of what is free that the KV cache may take from experts."""
+
+
+@dataclass(frozen=True)
+class PlannedConfig:
+    """What is asked of planned passes, besides the engine's configuration."""
+
+    schedule: str = "specmoeoff"
+    device: DeviceKind = "cpu"
+    num_micro_batches: int = 2
+    num_seqs: int = 8
+    """Sequences of the largest batch."""
+    max_len: int | None = 128
+    """Tokens of the longest sequence; None takes as many as ``KV_SHARE`` has room for."""
+    max_tokens: int | None = 64
+    """Tokens of the largest pass; None takes as many as activations have room for."""
+    device_memory: int = 0
+    """Bytes of the simulated device."""
+    costs: Costs | None = None
+    """Speeds that the simulated device and its links are held to."""
+    overlapped: bool = True
+    """Whether lanes run side by side."""
+
+
+@dataclass(frozen=True)
+class MemorySplit:
+    """Who has how much, and how experts get to where they are used."""
+
+    tiers: tuple[Tier, ...]
+    """The last one is where the experts are used."""
+    placement: Placement
+    num_slots: int
+    num_pages: int
+    """Of the KV cache, and of a draft's."""
+    max_tokens: int
+    """Of the largest pass."""
+    distribution_bytes: int = 0
+    """What the distributions that drafts were drawn from may take until they are verified."""
+
+
+def split_memory(
+    config: EngineConfig,
+    wanted: PlannedConfig,
+    files: ModelFiles,
+    draft: ModelFiles | None = None,
+    host_memory: int | None = None,
+) -> MemorySplit:
+    """Return the split for a configuration, from file headers alone.
+
+    Args:
+        config: Its ``memory`` is this process's, less the simulated device's.
+        wanted: The device, the batch and the schedule.
+        files: The target.
+        draft: The draft model.
+        host_memory: The host's memory where ``config`` does not say.
+
+    Raises:
+        DoesNotFitError: A tier is too small.
+        InvalidInputError: The schedule is unknown or needs more expert slots at once.
+    """
+    if wanted.device == "cpu":
+        split = _split_cpu(config, wanted, files, draft)
+    else:
+        split = _split_sim(config, wanted, files, draft, host_memory)
+    for count in range(1, min(wanted.num_micro_batches, wanted.num_seqs) + 1):
+        # A schedule that needs more slots says so now.
+        build_plan(wanted.schedule, _largest(config, wanted, files, split, count))
+    return split
+
+
+def _split_cpu(
+    config: EngineConfig, wanted: PlannedConfig, files: ModelFiles, draft: ModelFiles | None
+) -> MemorySplit:
+    plan = make_plan(config, files, draft)
+    memory = Tier("main", plan.policy.memory)
+    *parts, (_, _elastic) = plan.policy.reservations
+    for name, num_bytes in parts:
+        memory.reserve(name, num_bytes)
+    page = plan.page_bytes + plan.draft_page_bytes
+    pages = _pages(config, wanted, files, memory.free, page)
+    memory.reserve("KV cache", pages * page)
+    num_slots = _reserve_slots(files, memory)
+    tokens = plan.policy.max_num_batched_tokens
+    return MemorySplit((memory,), CPU, num_slots, pages, tokens, plan.distribution_bytes)
+
+
+def _split_sim(
+    config: EngineConfig,
+    wanted: PlannedConfig,
+    files: ModelFiles,
+    draft: ModelFiles | None,
+    host_memory: int | None,
+) -> MemorySplit:
+    model = files.model.config
+    device = Tier("device", wanted.device_memory)
+    # What is loaded once is on the device, the process itself is not.
+    (_, runtime), *weights = weight_parts(config, files, draft)
+    for name, num_bytes in weights:
+        device.reserve(name, num_bytes)
+    tokens = wanted.max_tokens or config.max_num_batched_tokens or _step_tokens(wanted, files)
+    held = dict(step_parts(config, model, draft, tokens))
+    total = files.total_experts * slot_bytes(files.expert_layouts())
+    page = kv_page_bytes(model, config.kv_dtype)
+    free = default_memory() - wanted.device_memory
+    host = Tier("host", config.memory or host_memory or max(free, 0))
+    host.reserve("runtime", runtime)
+    # What was computed on the device or is computed for it: less than all that a step holds.
+    host.reserve("activations", activation_bytes(model, tokens, logit_rows=0))
+    pages = _pages(config, wanted, files, host.free, page)
+    host.reserve("KV cache", pages * page)
+    split = MemorySplit((host, device), DEVICE, files.total_experts, pages, tokens)
+    staged = _staged_kv(config, wanted, files, split)
+    activations = activation_bytes(model, tokens) + staged
+    if draft is not None:
+        activations = max(activations, activation_bytes(draft.model.config, DRAFT_ROWS))
+        draft_page = kv_page_bytes(draft.model.config, draft_kv_dtype(config))
+        device.reserve("KV cache of the draft", pages * draft_page)
+        device.reserve(DISTRIBUTIONS, held[DISTRIBUTIONS])
+    device.reserve("activations", activations)
+    num_slots = _reserve_slots(files, device)
+    placement = DEVICE if host.free >= total else DEVICE_AND_DISK
+    if placement is DEVICE:
+        host.reserve("experts", total)
+    else:
+        host.reserve("experts on their way", HOST_SLOTS * slot_bytes(files.expert_layouts()))
+    distributions = held.get(DISTRIBUTIONS, 0)
+    return MemorySplit((host, device), placement, num_slots, pages, tokens, distributions)
+
+
+def _pages(
+    config: EngineConfig, wanted: PlannedConfig, files: ModelFiles, free: int, page: int
+) -> int:
+    """Return the pages of the KV cache: as asked for, or a share of what is free."""
+    if wanted.max_len is not None:
+        return wanted.num_seqs * -(-wanted.max_len // PAGE_TOKENS)
+    longest = longest_sequence(config, files.model.config)
+    most = wanted.num_seqs * (-(-longest // PAGE_TOKENS) + 1)
+    least = -(-min(MIN_KV_TOKENS, longest) // PAGE_TOKENS)
+    # Experts that all fit leave the rest to the cache.
+    total = files.total_experts * slot_bytes(files.expert_layouts())
+    return max(least, min(most, int(max(KV_SHARE * free, free - total)) // page))
+
+
+def _step_tokens(wanted: PlannedConfig, files: ModelFiles) -> int:
+    """Return the largest token budget of a step whose activations are within their share."""
+    room = ACTIVATION_SHARE * wanted.device_memory
+    model = files.model.config
+    fitting = (n for n in STEP_TOKENS if activation_bytes(model, n) <= room)
+    return next(fitting, STEP_TOKENS[-1])
+
+
+def _reserve_slots(files: ModelFiles, tier: Tier) -> int:
+    """Give the rest to expert slots; at least one, which is refused if it does not fit."""
+    slot = slot_bytes(files.expert_layouts())
+    num_slots = max(1, min(tier.free // slot, files.total_experts))
+    tier.reserve("expert slots", num_slots * slot)
+    return num_slots
+
+
+def _staged_kv(
+    config: EngineConfig, wanted: PlannedConfig, files: ModelFiles, split: MemorySplit
+) -> int:
+    """Return the most bytes of keys and values that a schedule has on the device at once."""
+    counts = range(1, min(wanted.num_micro_batches, wanted.num_seqs) + 1)
+    plans = (
+        build_plan(wanted.schedule, _largest(config, wanted, files, split, count))
+        for count in counts
+    )
+    return max(sum(b.num_bytes for b in p.buffers.values() if b.pool == "kv") for p in plans)
+
+
+def _largest(
+    config: EngineConfig, wanted: PlannedConfig, files: ModelFiles, split: MemorySplit, count: int
+) -> StepShape:
+    """Return a step of so many micro-batches, any of which may have the whole KV cache."""
+    batch = MicroBatch(
+        num_tokens=max(1, split.max_tokens // count),
+        num_seqs=max(1, wanted.num_seqs // count),
+        kv_tokens=split.num_pages * PAGE_TOKENS,
+        num_outputs=max(1, wanted.num_seqs // count),
+    )
+    return StepShape(
+        files.model.config,
+        (batch,) * count,
+        split.placement,
+        split.num_slots,
+        slot_bytes(files.expert_layouts()),
+        kv_item_bytes=KV_ITEM_BYTES[config.kv_dtype],
+        host_slots=HOST_SLOTS,
+    )

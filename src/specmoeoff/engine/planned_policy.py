@@ -1,0 +1,88 @@
+"""What an engine asks of planned passes, and the policy that follows from their memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from specmoeoff.config import Policy
+from specmoeoff.engine.memory_plan import (
+    PAGE_TOKENS,
+    MemoryPlan,
+    draft_kv_dtype,
+    kv_page_bytes,
+    longest_sequence,
+)
+from specmoeoff.engine.planned_memory import MemorySplit, PlannedConfig
+from specmoeoff.errors import InvalidInputError
+from specmoeoff.offload.planned_experts import slot_bytes
+from specmoeoff.pipeline.schedules import SCHEDULES
+
+if TYPE_CHECKING:
+    from specmoeoff.config import Dtype, EngineConfig
+    from specmoeoff.engine.model_files import ModelFiles
+
+
+def planned_config(config: EngineConfig) -> PlannedConfig:
+    """Return what an engine's configuration asks of planned passes.
+
+    Raises:
+        InvalidInputError: There is no such schedule, or it does not run on the device.
+    """
+    if config.schedule not in ("auto", "reactive", *SCHEDULES):
+        raise InvalidInputError(
+            f"schedule {config.schedule!r} is unknown; use one of auto, reactive, "
+            f"{', '.join(SCHEDULES)}"
+        )
+    if config.schedule == "reactive":
+        raise InvalidInputError(
+            "schedule 'reactive' runs on device 'cpu' only; use 'auto' or one of "
+            f"{', '.join(SCHEDULES)}"
+        )
+    return PlannedConfig(
+        schedule="specmoeoff" if config.schedule == "auto" else config.schedule,
+        device="sim" if config.device == "sim" else "cpu",
+        num_micro_batches=config.num_micro_batches,
+        num_seqs=config.max_num_seqs,
+        max_len=None,
+        max_tokens=None,
+        device_memory=config.device_memory or 0,
+    )
+
+
+def fixed_plan(
+    config: EngineConfig,
+    split: MemorySplit,
+    files: ModelFiles,
+    draft: ModelFiles | None,
+    dtype: Dtype,
+) -> MemoryPlan:
+    """Return an engine's plan for a split of which nothing is lent or traded."""
+    longest = longest_sequence(config, files.model.config)
+    several = len(split.tiers) > 1
+    reservations = tuple(
+        (f"{tier.name}: {name}" if several else name, num_bytes)
+        for tier in split.tiers
+        for name, num_bytes in (*tier.as_dict().items(), ("not needed", tier.free))
+        if num_bytes
+    )
+    model, drafts = files.model.config, [] if draft is None else [draft.model.config]
+    return MemoryPlan(
+        Policy(
+            memory=sum(tier.budget for tier in split.tiers),
+            reservations=reservations,
+            num_expert_slots=split.num_slots,
+            min_expert_slots=split.num_slots,
+            expert_slot_bytes=slot_bytes(files.expert_layouts()),
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=split.max_tokens,
+            max_model_len=min(longest, split.num_pages * PAGE_TOKENS),
+            dtype=dtype,
+        ),
+        elastic_bytes=0,
+        page_bytes=kv_page_bytes(model, config.kv_dtype),
+        draft_page_bytes=sum(kv_page_bytes(d, draft_kv_dtype(config)) for d in drafts),
+        kv_pages=split.num_pages,
+        distribution_bytes=split.distribution_bytes,
+        passes=(model, *drafts),
+        largest_step_bytes=0,
+    )

@@ -238,3 +238,32 @@ def test_tuning_takes_two_waves_where_attention_is_slow() -> None:
 def test_tuning_takes_one_wave_where_weights_are_slow_to_read_again() -> None:
     slow_device = Costs({"device": Rate(1e6), "cpu": Rate(1e9)})
     assert tuned(shape(4, num_slots=12), slow_device).waves == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(first=shapes(), second=shapes())
+@settings(max_examples=25)
+def test_a_belt_that_ran_ahead_serves_a_step_of_another_batch(
+    name: str, first: StepShape, second: StepShape
+) -> None:
+    """Batches change from step to step; what stays and what the ring holds do not."""
+    other = replace(first, micro_batches=second.micro_batches, draft=second.draft)
+    plans: list[Plan] = []
+    for step in (first, other, first, other):
+        held = plans[-1].held_at_end if plans else ()
+        plans.append(build_plan(name, step, held))
+        # Nothing that was loaded ahead is dropped, and the plan has checked itself.
+        assert plans[-1].held_at_start == held
+    assert len({frozenset(slots_of(plan)) for plan in plans}) == 1
+    stays = [loaded_or_held(plan) for plan in plans]
+    assert all(those == stays[0] for those in stays)
+
+
+def slots_of(plan: Plan) -> set[str]:
+    return {name for name, buffer in plan.buffers.items() if buffer.pool == "experts"}
+
+
+def loaded_or_held(plan: Plan) -> set[tuple[int | None, int]]:
+    """Return the experts that do not stay."""
+    loaded = {(op.layer, op.experts[0]) for op in plan.ops if op.kind in ("read", "load")}
+    return loaded | {(held.layer, held.expert) for held in plan.held_at_start}

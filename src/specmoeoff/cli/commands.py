@@ -313,6 +313,7 @@ def demo(
     num_speculative_tokens: Annotated[
         int, typer.Option("--num-speculative-tokens", "-k", metavar="K", help="Tokens drafted.")
     ] = 4,
+    schedule: Schedule = None,
     json: Json = False,
 ) -> DemoOptions:
     """Return what ``demo`` was asked to do; the user reads ``help``."""
@@ -325,6 +326,7 @@ def demo(
         memory=memory,
         max_tokens=max_tokens,
         num_speculative_tokens=num_speculative_tokens,
+        schedule=schedule,
         json=json,
     )
 

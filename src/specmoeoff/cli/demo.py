@@ -124,6 +124,7 @@ def _generate(
         *("generate", str(paths.target), "--prompts", str(work / "prompts.jsonl")),
         *("--output", str(output), "--stats", str(stats), "--memory", options.memory),
         *("--max-tokens", str(options.max_tokens), *extra),
+        *(("--schedule", options.schedule) if options.schedule is not None else ()),
     ]
     note(f"\n{name}: specmoeoff {' '.join(command)}")
     code = subprocess.run(

@@ -152,6 +152,7 @@ class DemoOptions:
     memory: str = "1GiB"
     max_tokens: int = 256
     num_speculative_tokens: int = 4
+    schedule: str | None = None
     json: bool = False
 
 

@@ -81,12 +81,12 @@ class EngineStats:
     draft_s: float = 0.0
     preemptions: int = 0
     streamed_bytes: int = 0
-    """Bytes read from disk for experts."""
+    """Bytes of experts brought to where they are used: from disk, or by a plan to a device."""
     streamed_s: float = 0.0
-    """Seconds with at least one read in flight."""
+    """Seconds in which at least one was on its way."""
     step_s: float = 0.0
     stalled_s: float = 0.0
-    """Seconds the compute waited for bytes."""
+    """Seconds the compute waited for bytes; in a plan, for any other lane."""
     wanted_experts: int = 0
     fetched_experts: int = 0
     peak_memory_bytes: int = 0
@@ -96,6 +96,7 @@ class EngineStats:
     num_threads: int = 0
     cpu_target: str = ""
     lane_busy_s: dict[str, float] = field(default_factory=dict)
+    """By lane; ``draft`` is time that one of the others spent on drafts."""
 
     @property
     def decode_tokens_per_s(self) -> float:

@@ -72,7 +72,7 @@ class Forward:
         self, model: Model, weights: ModelWeights, experts: ExpertSource, kv: KvCache | KvLayers
     ) -> None:
         self.model = model
-        self._kv = kv
+        self.kv = kv
         self._weights = weights
         self._experts = experts
         config = model.config
@@ -91,11 +91,11 @@ class Forward:
             [span.kv.length + np.arange(n) for span, n in zip(spans, lengths, strict=True)]
         ).astype(np.int32)
         slots = np.concatenate(
-            [self._kv.append(span.kv, n) for span, n in zip(spans, lengths, strict=True)]
+            [self.kv.append(span.kv, n) for span, n in zip(spans, lengths, strict=True)]
         )
         places = _Places(
             slots=slots,
-            page_table=self._kv.page_table([span.kv for span in spans]),
+            page_table=self.kv.page_table([span.kv for span in spans]),
             q_offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
             kv_lens=np.array([span.kv.length for span in spans], np.int32),
         )
@@ -126,8 +126,8 @@ class Forward:
         places: _Places,
     ) -> None:
         q, k, v = self.model.pre_attention(weights, x, rope)
-        k_pages, v_pages = self._kv.layer(layer)
-        k_scales, v_scales = self._kv.scales(layer)
+        k_pages, v_pages = self.kv.layer(layer)
+        k_scales, v_scales = self.kv.scales(layer)
         kernels.append_kv(k, v, k_pages, v_pages, places.slots, k_scales, v_scales)
         attention = kernels.chunked_attention(
             q,

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from specmoeoff.devices.base import DeviceArray, Pages
     from specmoeoff.engine.forward import Span
     from specmoeoff.models.base import Model, RopeTables
     from specmoeoff.offload.kv_cache import KvCache
@@ -33,11 +34,12 @@ class Slice:
     kv_lens: I32
     output_rows: NDArray[np.int64]
     """Which of its rows are wanted in the end."""
-    qkv: tuple[F32, F32, F32] | None = None
+    qkv: tuple[DeviceArray, DeviceArray, DeviceArray] | None = None
     host_qkv: tuple[F32, F32, F32] | None = None
     past: dict[int, Past] = field(default_factory=dict)
     """By layer: the next layer's may arrive before this one's was used."""
-    attended: F32 | None = None
+    attended: DeviceArray | None = None
+    """On the device once it was computed or copied there."""
     host_hidden: F32 | None = None
     outputs: F32 | None = None
 
@@ -46,10 +48,7 @@ class Slice:
 class Past:
     """Keys and values of a micro-batch in one layer, copied out of the KV cache."""
 
-    k: NDArray[np.generic]
-    v: NDArray[np.generic]
-    k_scales: F32 | None
-    v_scales: F32 | None
+    pages: Pages
     slots: I32
     page_table: I32
 

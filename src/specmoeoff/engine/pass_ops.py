@@ -8,20 +8,21 @@ weights that stay.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from specmoeoff import kernels
+from specmoeoff.devices.base import DeviceArray, Pages, Places, Routed
 from specmoeoff.engine.micro_batch import Past, Slice
 
 if TYPE_CHECKING:
     import threading
     from collections.abc import Callable
 
-    from specmoeoff.engine.weights import ModelWeights
+    from specmoeoff.devices.base import Device
     from specmoeoff.models.base import Model
     from specmoeoff.offload.kv_cache import KvCache
     from specmoeoff.offload.planned_experts import PlannedExperts
@@ -33,22 +34,11 @@ Known = TypeVar("Known")
 
 
 @dataclass
-class Routed:
-    """Rows of some micro-batches sorted by expert."""
-
-    rows: slice
-    order: I32
-    weights: F32
-    counts: NDArray[np.int64]
-    ends: NDArray[np.int64]
-
-
-@dataclass
 class PassOps:
     """The state of one pass and the ops on it."""
 
     model: Model
-    weights: ModelWeights
+    device: Device
     kv: KvCache
     experts: PlannedExperts
     slices: list[Slice]
@@ -60,23 +50,28 @@ class PassOps:
     """Drafts for a micro-batch and gives it its place from a row on."""
     on_outputs: Callable[[int, F32], None] | None = None
     """Told of each micro-batch's hidden states [R, hidden] once they are final."""
-    x: F32 = field(init=False)
+    x: DeviceArray = field(init=False)
     """The residual stream, [T, hidden]."""
 
     def __post_init__(self) -> None:
         shape = (self.num_rows, self.model.config.hidden_size)
         top_k = max(self.model.config.num_experts_per_tok, 1)
-        self.x = np.empty(shape, np.float32)
-        self._h = np.empty(shape, np.float32)
-        self._expert_ids = np.empty((shape[0], top_k), np.int32)
-        self._expert_weights = np.empty((shape[0], top_k), np.float32)
-        self._routed: dict[tuple[int, ...], tuple[int, Routed]] = {}
+        routed = (shape[0], top_k)
+        with self.device.on("device"):
+            self.x = self.device.empty(shape, np.float32)
+            self._h = self.device.empty(shape, np.float32)
+            self._expert_ids = self.device.empty(routed, np.int32)
+            self._expert_weights = self.device.empty(routed, np.float32)
+        self._routed: dict[tuple[int, ...], tuple[int, slice, Routed]] = {}
         self.wanted_experts = 0
         """Experts that had rows, counted each time they ran."""
 
     def perform(self, op: Op, stop: threading.Event) -> None:
         """Do what an op says; ops end by themselves soon, so ``stop`` is not asked."""
-        _OPS[op.kind](self, op)
+        with self.device.on(op.lane):
+            # What an op is through with is kept until its lane is: see ``Device.on``.
+            through = _OPS[op.kind](self, op)
+        del through
 
     def outputs(self) -> F32:
         """Return the hidden states of the wanted rows, [R, hidden]."""
@@ -100,22 +95,26 @@ class PassOps:
 
     def _embed(self, op: Op) -> None:
         part = self._slice(op)
-        self.x[part.rows] = self.model.embed(self.weights.globals, part.token_ids)
+        self.x[part.rows] = self.device.embed(part.token_ids)
 
     def _pre_attention(self, op: Op) -> None:
         part = self._slice(op)
-        weights = self.weights.layers[_layer(op)]
-        part.qkv = self.model.pre_attention(weights, self.x[part.rows], part.rope)
+        part.qkv = self.device.pre_attention(_layer(op), self.x[part.rows], part.rope)
 
     def _qkv_out(self, op: Op) -> None:
         part = self._slice(op)
         q, k, v = _known(part.qkv)
-        part.host_qkv = (q.copy(), k.copy(), v.copy())
+        download = self.device.download
+        part.host_qkv = (download(q), download(k), download(v))
 
     def _store_kv(self, op: Op) -> None:
         part = self._slice(op)
         _, k, v = self._qkv_on(op, part)
-        kernels.append_kv(k, v, *self._pages(op)[:2], part.slots, *self.kv.scales(_layer(op)))
+        pages = self._pages(op)
+        if self._is_on_host(op):
+            kernels.append_kv(k, v, pages.k, pages.v, part.slots, pages.k_scales, pages.v_scales)
+        else:
+            self.device.store_kv(k, v, pages, part.slots)
 
     def _kv_in(self, op: Op) -> None:
         part = self._slice(op)
@@ -128,60 +127,67 @@ class PassOps:
         position = first + np.arange(len(part.slots)) - part.q_offsets[sequence]
         entry = sequence * width + position // size
         part.past[_layer(op)] = Past(
-            *self._copied(op, pages),
+            self._copied(op, pages),
             (entry * size + position % size).astype(np.int32),
             np.arange(len(pages), dtype=np.int32).reshape(part.page_table.shape),
         )
 
-    def _attend(self, op: Op) -> None:
+    def _attend(self, op: Op) -> object:
         part = self._slice(op)
         q, k, v = self._qkv_on(op, part)
-        k_pages, v_pages, k_scales, v_scales = self._pages(op)
-        table = part.page_table
-        past = part.past.pop(_layer(op), None)
+        window = self.model.config.sliding_window or 0
+        places = Places(part.page_table, part.q_offsets, part.kv_lens, window)
+        pages, past = self._pages(op), part.past.pop(_layer(op), None)
         if past is not None:
-            k_pages, v_pages, k_scales, v_scales = past.k, past.v, past.k_scales, past.v_scales
-            table = past.page_table
-            kernels.append_kv(k, v, k_pages, v_pages, past.slots, k_scales, v_scales)
-        config = self.model.config
-        part.attended = kernels.chunked_attention(
+            pages, places = past.pages, replace(places, page_table=past.page_table)
+            self.device.store_kv(k, v, pages, past.slots)
+        if not self._is_on_host(op):
+            part.attended = self.device.attend(q, pages, places)
+            return past
+        attended = kernels.chunked_attention(
             q,
-            k_pages,
-            v_pages,
-            table,
-            part.q_offsets,
-            part.kv_lens,
-            config.head_dim**-0.5,
-            sliding_window=config.sliding_window or 0,
-            k_scales=k_scales,
-            v_scales=v_scales,
+            pages.k,
+            pages.v,
+            places.page_table,
+            places.q_offsets,
+            places.kv_lens,
+            self.model.config.head_dim**-0.5,
+            sliding_window=window,
+            k_scales=pages.k_scales,
+            v_scales=pages.v_scales,
         )
+        part.attended = self.device.stage(attended)
+        return past
 
-    def _attention_in(self, op: Op) -> None:
+    def _attention_in(self, op: Op) -> object:
         part = self._slice(op)
-        part.attended = _known(part.attended).copy()
+        staged = _known(part.attended)
+        part.attended = self.device.upload(staged)
+        return staged
 
-    def _post_attention(self, op: Op) -> None:
+    def _post_attention(self, op: Op) -> object:
         part = self._slice(op)
-        weights, rows = self.weights.layers[_layer(op)], part.rows
-        h = self.model.post_attention(weights, self.x[rows], _known(part.attended))
-        self._expert_ids[rows], self._expert_weights[rows] = self.model.router(weights, h)
+        layer, rows = _layer(op), part.rows
+        attended = _known(part.attended)
+        h = self.device.post_attention(layer, self.x[rows], attended)
+        self._expert_ids[rows], self._expert_weights[rows] = self.device.router(layer, h)
         self._h[rows] = h
         part.attended = None
+        return attended
 
     def _hidden_out(self, op: Op) -> None:
         part = self._slice(op)
-        part.host_hidden = self.x[part.rows].copy()
+        part.host_hidden = self.device.download(self.x[part.rows])
         # The place may be another's now: whoever reads it without bringing it back must notice.
         self.x[part.rows] = np.nan
 
     def _hidden_in(self, op: Op) -> None:
         part = self._slice(op)
-        self.x[part.rows] = _known(part.host_hidden)
+        self.x[part.rows] = self.device.upload(_known(part.host_hidden))
 
     def _head(self, op: Op) -> None:
         part = self._slice(op)
-        part.outputs = self.x[part.rows][part.output_rows]
+        part.outputs = self.device.download(self.x[part.rows][part.output_rows])
         if self.on_outputs is not None:
             self.on_outputs(op.micro_batches[0], part.outputs)
 
@@ -189,68 +195,65 @@ class PassOps:
 
     def _run_experts(self, op: Op) -> None:
         """Add what some experts make of the rows routed to them, in rising order of the experts."""
-        routed = self._route(op)
+        rows, routed = self._route(op)
         wanted = [e for e in op.experts if routed.counts[e]]
         self.wanted_experts += len(wanted)
         if not wanted:
             return
-        start = int(routed.ends[wanted[0]] - routed.counts[wanted[0]])
-        stops = [int(routed.ends[e]) for e in wanted]
-        tensors = [self.experts.tensors((_layer(op), e)) for e in wanted]
-        kernels.expert_ffn_many(
-            self._h[routed.rows],
-            [(t["gate"], t["up"], t["down"]) for t in tensors],
-            np.array([0, *(stop - start for stop in stops)], np.int32),
-            routed.order[start : stops[-1]],
+        ends = np.cumsum(routed.counts)
+        start = int(ends[wanted[0]] - routed.counts[wanted[0]])
+        stops = [int(ends[e]) for e in wanted]
+        self.device.run_experts(
+            self._h[rows],
+            [self.experts.tensors((_layer(op), e)) for e in wanted],
+            [0, *(stop - start for stop in stops)],
+            routed.rows[start : stops[-1]],
             routed.weights[start : stops[-1]],
-            self.x[routed.rows],
-            activations=self.model.activations,
+            self.x[rows],
         )
 
-    def _route(self, op: Op) -> Routed:
-        """Return the rows of the op's micro-batches by expert; sorted once a layer."""
+    def _route(self, op: Op) -> tuple[slice, Routed]:
+        """Return the rows of the op's micro-batches, and those by expert; sorted once a layer."""
         known = self._routed.get(op.micro_batches)
         if known is not None and known[0] == op.layer:
-            return known[1]
+            return known[1:]
         first, last = self.slices[op.micro_batches[0]], self.slices[op.micro_batches[-1]]
         rows = slice(first.rows.start, last.rows.stop)
-        flat = self._expert_ids[rows].reshape(-1)
-        order = np.argsort(flat, kind="stable")
-        counts = np.bincount(flat, minlength=self.model.num_ffn_experts)
-        routed = Routed(
-            rows,
-            (order // self._expert_ids.shape[1]).astype(np.int32),
-            self._expert_weights[rows].reshape(-1)[order],
-            counts,
-            np.cumsum(counts),
+        routed = self.device.sort_by_expert(
+            self._expert_ids[rows], self._expert_weights[rows], self.model.num_ffn_experts
         )
-        self._routed[op.micro_batches] = (_layer(op), routed)
-        return routed
+        self._routed[op.micro_batches] = (_layer(op), rows, routed)
+        return rows, routed
 
     # -- where things are --------------------------------------------------------------------------
 
     def _slice(self, op: Op) -> Slice:
         return self.slices[op.micro_batches[0]]
 
-    def _qkv_on(self, op: Op, part: Slice) -> tuple[F32, F32, F32]:
+    def _is_on_host(self, op: Op) -> bool:
+        """Whether an op of attention runs on the host's own arrays."""
+        return op.lane == "cpu"
+
+    def _qkv_on(self, op: Op, part: Slice) -> tuple[DeviceArray, DeviceArray, DeviceArray]:
         """Return queries, keys and values on the op's side of the link."""
-        return _known(part.host_qkv if self.has_link and op.lane == "cpu" else part.qkv)
+        return _known(part.host_qkv if self.has_link and self._is_on_host(op) else part.qkv)
 
-    def _copied(
-        self, op: Op, pages: I32
-    ) -> tuple[NDArray[np.generic], NDArray[np.generic], F32 | None, F32 | None]:
-        k, v, k_scales, v_scales = self._pages(op)
-        if k_scales is None or v_scales is None:
-            return k[pages], v[pages], None, None
-        return k[pages], v[pages], k_scales[pages], v_scales[pages]
+    def _copied(self, op: Op, wanted: I32) -> Pages:
+        """Return copies of some of the cache's pages on the device."""
+        arrays = vars(self._host_pages(op)).values()
+        upload = self.device.upload_pages
+        return Pages(*(None if array is None else upload(array, wanted) for array in arrays))
 
-    def _pages(
-        self, op: Op
-    ) -> tuple[NDArray[np.generic], NDArray[np.generic], F32 | None, F32 | None]:
-        return (*self.kv.layer(_layer(op)), *self.kv.scales(_layer(op)))
+    def _pages(self, op: Op) -> Pages:
+        """Return the cache on the op's side of the link."""
+        pages = self._host_pages(op)
+        return pages if self._is_on_host(op) else self.device.kv_pages(_layer(op), pages)
+
+    def _host_pages(self, op: Op) -> Pages:
+        return Pages(*self.kv.layer(_layer(op)), *self.kv.scales(_layer(op)))
 
 
-_OPS: dict[str, Callable[[PassOps, Op], None]] = {
+_OPS: dict[str, Callable[[PassOps, Op], object]] = {
     "read": PassOps._read,
     "load": PassOps._load,
     "draft": PassOps._draft,

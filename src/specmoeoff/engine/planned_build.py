@@ -1,8 +1,9 @@
 """Opens a model for planned passes, on this machine or on a device that is simulated.
 
 ``cpu``: one memory. ``sim``: a device with a memory of its own, as large as is said, behind links
-and processors of a set speed. Weights lie in host memory if they fit there, else they come from
-disk through it.
+and processors of a set speed. ``cuda``: a GPU through torch, which is imported for it and for
+nothing else. With a device, weights lie in host memory if they fit there, else they come from disk
+through it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from specmoeoff import kernels
+from specmoeoff.engine.dtype import choose_dtype
 from specmoeoff.engine.memory_plan import PAGE_TOKENS
 from specmoeoff.engine.model_files import ModelFiles
 from specmoeoff.engine.planned_forward import NO_WEIGHTS, Machine, PlannedForward
@@ -23,7 +25,8 @@ from specmoeoff.engine.planned_memory import (
     PlannedConfig,
     split_memory,
 )
-from specmoeoff.engine.weights import Loader, load_dense
+from specmoeoff.engine.torch_build import open_torch, with_device_memory
+from specmoeoff.engine.weights import Loader, ModelWeights, load_dense
 from specmoeoff.models.registry import build_model
 from specmoeoff.offload.kv_cache import KvCache
 from specmoeoff.offload.planned_experts import PlannedExperts, slot_bytes
@@ -67,11 +70,15 @@ def open_planned(config: EngineConfig, wanted: PlannedConfig) -> Planned:
     Raises:
         CheckpointError: The model cannot be used.
         DoesNotFitError: A tier is too small; nothing was read.
-        InvalidInputError: The schedule is unknown or needs more expert slots at once.
+        InvalidInputError: The schedule is unknown or needs more expert slots at once, or the device
+            needs torch or a GPU, and there is none.
     """
     files = ModelFiles.open(config.model)
+    if wanted.device == "cuda":
+        wanted = with_device_memory(wanted)
     kernels.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
-    return load_planned(config, wanted, files, split_memory(config, wanted, files))
+    split = split_memory(config, wanted, files)
+    return load_planned(config, wanted, files, split, choose_dtype(config.dtype, files))
 
 
 def load_planned(
@@ -97,14 +104,23 @@ def load_planned(
         StreamError: A weight could not be read.
     """
     model = files.model.config
+    target = build_model(model, activations)
     weights = load_dense(files.model, Loader(files.checkpoint))
+    compute, slots = None, None
+    if wanted.device == "cuda":
+        layouts = files.expert_layouts()
+        compute, slots = open_torch(target, weights, layouts, split.num_slots, wanted)
+        # They are on the device now, and attention on the host needs none.
+        weights = ModelWeights({}, [])
     reader = Reader()
-    experts = PlannedExperts(files.expert_layouts(), split.num_slots, reader)
+    experts = PlannedExperts(files.expert_layouts(), split.num_slots, reader, slots)
     try:
         if split.placement is DEVICE:
             experts.keep_all_on_host()
         elif split.placement is DEVICE_AND_DISK:
             experts.stage_on_host(HOST_SLOTS)
+        if compute is not None:
+            compute.pin(experts.host_memory, experts.slot_bytes)
     except BaseException:
         reader.close()
         raise
@@ -119,7 +135,7 @@ def load_planned(
         draft=draft or NO_WEIGHTS,
     )
     forward = PlannedForward(
-        build_model(model, activations),
+        target,
         weights,
         experts,
         KvCache(
@@ -132,6 +148,7 @@ def load_planned(
         ),
         machine,
         split.tiers[-1] if split.placement.has_link else None,
+        compute,
     )
     return Planned(forward, reader, split.tiers)
 

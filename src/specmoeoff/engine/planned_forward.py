@@ -12,6 +12,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from specmoeoff.devices.host import HostDevice
 from specmoeoff.engine.micro_batch import Slice, cut, slice_of
 from specmoeoff.engine.pass_ops import PassOps
 from specmoeoff.errors import OpError, StreamError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from specmoeoff.devices.base import Device
     from specmoeoff.engine.forward import Span
     from specmoeoff.engine.target import WithDrafts
     from specmoeoff.engine.weights import ModelWeights
@@ -99,6 +101,7 @@ class PlannedForward:
         kv: KvCache,
         machine: Machine,
         device: Tier | None = None,
+        compute: Device | None = None,
     ) -> None:
         self.model = model
         self.kv = kv
@@ -108,6 +111,7 @@ class PlannedForward:
         self.keeps_steps = False
         self.busy = Busy()
         self.weights = weights
+        self._compute = compute or HostDevice(model, weights.globals, weights.layers)
         self._experts = experts
         self._device = device
         self._held: tuple[Held, ...] = ()
@@ -139,10 +143,11 @@ class PlannedForward:
         shape = self._shape(batches, drafts)
         plan = build_plan(self.machine.schedule, shape, self._held)
         self._reserve(plan, shape)
-        self._experts.keep(_staying(plan, shape))
+        with self._compute.on("h2d"):
+            self._experts.keep(_staying(plan, shape))
         work = PassOps(
             self.model,
-            self.weights,
+            self._compute,
             self.kv,
             self._experts,
             [] if with_drafts is not None else self._slices(batches),
@@ -170,11 +175,11 @@ class PlannedForward:
 
     def logits(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the logits of hidden states: [R, hidden] -> [R, V]."""
-        return self.model.head(self.weights.globals, hidden)
+        return self._compute.head(hidden)
 
     def best(self, hidden: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         """Return the largest logit and its token of each hidden state, [R] each."""
-        return self.model.head_best(self.weights.globals, hidden)
+        return self._compute.head_best(hidden)
 
     def shape_of(self, spans: Sequence[Span]) -> StepShape:
         """Return what schedules are told of a pass over these spans."""
@@ -189,6 +194,7 @@ class PlannedForward:
     def close(self) -> None:
         """End the lanes."""
         self.machine.executor.close()
+        self._compute.close()
 
     def _slices(self, batches: Sequence[Sequence[Span]]) -> list[Slice]:
         slices: list[Slice] = []

@@ -27,6 +27,7 @@ from specmoeoff.engine.memory_plan import (
     step_parts,
     weight_parts,
 )
+from specmoeoff.engine.torch_build import workspace_bytes
 from specmoeoff.offload.planned_experts import slot_bytes
 from specmoeoff.offload.tiers import Tier
 from specmoeoff.pipeline.schedules import build_plan
@@ -44,7 +45,9 @@ if TYPE_CHECKING:
     from specmoeoff.engine.model_files import ModelFiles
     from specmoeoff.pipeline.costs import Costs
 
-DeviceKind = Literal["cpu", "sim"]
+DeviceKind = Literal["cpu", "sim", "cuda"]
+KEEPS_KV_ON_DEVICE = ("zero_inference",)
+"""Schedules whose attention finds its past on the device."""
 KV_ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1}
 HOST_SLOTS = 4
 """Experts on their way from disk to the device; one arrives while another leaves."""
@@ -66,7 +69,9 @@ class PlannedConfig:
     max_tokens: int | None = 64
     """Tokens of the largest pass; None takes as many as activations have room for."""
     device_memory: int = 0
-    """Bytes of the simulated device."""
+    """Bytes of the device; 0 takes what is free on a GPU."""
+    torch_device: str = "cuda"
+    """What torch calls the device of ``cuda``; its "cpu" runs the same code without a GPU."""
     costs: Costs | None = None
     """Speeds that the simulated device and its links are held to."""
     overlapped: bool = True
@@ -152,7 +157,8 @@ def _split_sim(
     held = dict(step_parts(config, model, draft, tokens))
     total = files.total_experts * slot_bytes(files.expert_layouts())
     page = kv_page_bytes(model, config.kv_dtype)
-    free = default_memory() - wanted.device_memory
+    # A simulated device's memory is this machine's too.
+    free = default_memory() - (wanted.device_memory if wanted.device == "sim" else 0)
     host = Tier("host", config.memory or host_memory or max(free, 0))
     host.reserve("runtime", runtime)
     # What was computed on the device or is computed for it: less than all that a step holds.
@@ -168,6 +174,10 @@ def _split_sim(
         device.reserve("KV cache of the draft", pages * draft_page)
         device.reserve(DISTRIBUTIONS, held[DISTRIBUTIONS])
     device.reserve("activations", activations)
+    if wanted.device == "cuda":
+        device.reserve("workspace", workspace_bytes(wanted))
+        if wanted.schedule in KEEPS_KV_ON_DEVICE:
+            device.reserve("KV cache", pages * page)
     num_slots = _reserve_slots(files, device)
     placement = DEVICE if host.free >= total else DEVICE_AND_DISK
     if placement is DEVICE:

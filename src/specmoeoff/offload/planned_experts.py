@@ -9,7 +9,7 @@ Knows bytes, slots and names of buffers. Knows nothing of tokens, models or time
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -27,17 +27,38 @@ Expert = tuple[int, int]
 """(layer, expert)."""
 
 
+class ExpertSlots(Protocol):
+    """Slots where experts are used, in whatever memory that is."""
+
+    def fill(self, slot: int, layout: ExpertLayout, source: NDArray[np.uint8]) -> None:
+        """Copy an expert from a slot of the host's, whose bytes are as the layout says."""
+
+    def tensors(self, slot: int, layout: ExpertLayout) -> Mapping[str, Any]:
+        """Return the tensors of the expert that a slot holds, where they are."""
+
+
 class PlannedExperts:
-    """The experts of one model in ``num_slots`` slots where they are used."""
+    """The experts of one model in ``num_slots`` slots where they are used.
+
+    ``slots`` are that many in a device's memory, which is reached from the host's only; without
+    them the slots are the host's own.
+    """
 
     def __init__(
-        self, layouts: Sequence[Sequence[ExpertLayout]], num_slots: int, reader: Reader
+        self,
+        layouts: Sequence[Sequence[ExpertLayout]],
+        num_slots: int,
+        reader: Reader,
+        slots: ExpertSlots | None = None,
     ) -> None:
         self.slot_bytes = slot_bytes(layouts)
         self.num_slots = num_slots
         self._layouts = layouts
         self._reader = reader
-        self._slots = _Slots(num_slots, self.slot_bytes)
+        self._own: _Slots | None = None
+        if slots is None:
+            slots = self._own = _Slots(num_slots, self.slot_bytes)
+        self._slots = slots
         self._host: _Slots | None = None
         self._home: dict[Expert, int] = {}
         """Host slot of each expert that stays on the host."""
@@ -64,6 +85,12 @@ class PlannedExperts:
         """Have ``read`` bring experts into host slots, from where ``load`` takes them."""
         self._host = _Slots(num_slots, self.slot_bytes)
 
+    @property
+    def host_memory(self) -> NDArray[np.uint8]:
+        """The slots from which ``load`` takes experts, page-aligned, ``slot_bytes`` each."""
+        assert self._host is not None
+        return self._host.memory
+
     def keep(self, experts: Iterable[Expert]) -> None:
         """Make these the experts that stay, in the slots before the ring's.
 
@@ -78,9 +105,11 @@ class PlannedExperts:
         self._streamed.clear()
         if self._home:
             for expert, slot in wanted.items():
-                self._slots.view(slot)[:] = self._host_bytes(self._home[expert])
+                self._fill(slot, expert, self._home[expert])
+        elif self._own is not None:
+            self._fetch(self._own, wanted)
         else:
-            self._fetch(self._slots, wanted)
+            self._fetch_through_host(wanted)
         self._resident = wanted
 
     # -- what ops do -------------------------------------------------------------------------------
@@ -97,29 +126,40 @@ class PlannedExperts:
             self._fetch(self._host, {expert: number})
             self._staged[expert] = number
         else:
-            self._fetch(self._slots, {expert: len(self._resident) + number})
+            assert self._own is not None
+            self._fetch(self._own, {expert: len(self._resident) + number})
             self._streamed[expert] = len(self._resident) + number
 
     def load(self, expert: Expert, buffer: str) -> None:
         """Copy an expert from the host into a slot of the ring."""
         slot = len(self._resident) + int(buffer.rpartition(" ")[2])
         home = self._home[expert] if self._home else self._staged.pop(expert)
-        np.copyto(self._slots.view(slot), self._host_bytes(home))
+        self._fill(slot, expert, home)
         self._streamed[expert] = slot
 
-    def tensors(self, expert: Expert) -> Mapping[str, NDArray[np.generic]]:
+    def tensors(self, expert: Expert) -> Mapping[str, Any]:
         """Return an expert's tensors where they are used."""
         slot = self._resident.get(expert)
-        view = self._slots.view(self._streamed[expert] if slot is None else slot)
-        return {name: t.of(view) for name, t in self._layout(expert).tensors.items()}
+        slot = self._streamed[expert] if slot is None else slot
+        return self._slots.tensors(slot, self._layout(expert))
 
     def _layout(self, expert: Expert) -> ExpertLayout:
         layer, number = expert
         return self._layouts[layer][number]
 
-    def _host_bytes(self, slot: int) -> NDArray[np.uint8]:
+    def _fill(self, slot: int, expert: Expert, host_slot: int) -> None:
         assert self._host is not None
-        return self._host.view(slot)
+        self._slots.fill(slot, self._layout(expert), self._host.view(host_slot))
+
+    def _fetch_through_host(self, wanted: Mapping[Expert, int]) -> None:
+        """Read experts into the first host slot, one after the other, and copy them on.
+
+        Only before a ring is in use, so that nothing else is on its way through that slot.
+        """
+        assert self._host is not None
+        for expert, slot in wanted.items():
+            self._fetch(self._host, {expert: 0})
+            self._fill(slot, expert, 0)
 
     def _fetch(self, slots: _Slots, wanted: Mapping[Expert, int]) -> None:
         """Read experts into slots, all at once so that the disk's queue is never empty."""
@@ -137,15 +177,26 @@ class PlannedExperts:
 
 
 class _Slots:
-    """Memory for so many experts."""
+    """Host memory for so many experts; see ``ExpertSlots``."""
 
     def __init__(self, num_slots: int, num_bytes: int) -> None:
         self._num_bytes = num_bytes
         self._arena = Arena(num_slots * num_bytes)
         self._arena.hold(num_slots * num_bytes)
 
+    @property
+    def memory(self) -> NDArray[np.uint8]:
+        return self._arena.bytes
+
     def view(self, slot: int) -> NDArray[np.uint8]:
         return self._arena.bytes[slot * self._num_bytes : (slot + 1) * self._num_bytes]
+
+    def fill(self, slot: int, layout: ExpertLayout, source: NDArray[np.uint8]) -> None:
+        np.copyto(self.view(slot), source)
+
+    def tensors(self, slot: int, layout: ExpertLayout) -> Mapping[str, NDArray[np.generic]]:
+        view = self.view(slot)
+        return {name: tensor.of(view) for name, tensor in layout.tensors.items()}
 
 
 def slot_bytes(layouts: Sequence[Sequence[ExpertLayout]]) -> int:

@@ -1,0 +1,1 @@
+"""Where projections, routers, experts and some attention run: this host's kernels, or torch."""

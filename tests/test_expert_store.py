@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import linecache
 import os
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from specmoeoff.engine.memory_plan import resident_bytes
 from specmoeoff.errors import StreamError
+from specmoeoff.offload import expert_store
 from specmoeoff.offload import reader as reader_module
 from specmoeoff.offload.checkpoint import Checkpoint
 from specmoeoff.offload.expert_layout import ExpertLayout, lay_out
@@ -22,6 +25,7 @@ from tiny import write_safetensors
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+    from types import FrameType
 
 LAYERS, EXPERTS = 3, 4
 ROWS, COLUMNS = 30, 70
@@ -313,3 +317,61 @@ def test_a_failure_of_what_nobody_wants_is_silent(
             serve_layer(shelf, store, layer, [0, 1, 2] if layer == 0 else [0, 1, 2, 3])
     with pytest.raises(StreamError, match="expert 3 of layer 0 failed: Input/output error"):
         run_pass(shelf, store)
+
+
+# Interrupts ---------------------------------------------------------------------------------------
+
+
+class Interrupt:
+    """Raises KeyboardInterrupt before the n-th line that this thread runs in some files.
+
+    Not on the line of a ``with``: leaving it is traced as well, and there no signal is looked for.
+    """
+
+    def __init__(self, line: int, *files: str | None) -> None:
+        self.left = line
+        self.files = files
+
+    def __enter__(self) -> Interrupt:
+        sys.settrace(self._trace)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+
+    def _trace(self, frame: FrameType, event: str, argument: object) -> Any:
+        if frame.f_code.co_filename not in self.files:
+            return None
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        if event == "line" and not line.lstrip().startswith("with "):
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self._trace
+
+
+@pytest.mark.parametrize("num_slots", [2, 5, 9])
+def test_an_interrupt_anywhere_leaves_no_wrong_bytes(shelf: Shelf, num_slots: int) -> None:
+    """A slot is never taken for filled, given to two or lost, wherever Ctrl-C comes."""
+    files = (expert_store.__file__, reader_module.__file__)
+    reader = Reader()
+    store = make_store(shelf, num_slots, reader)
+    for line in range(1, 4000, 7):
+        interrupt = Interrupt(line, *files)
+        try:
+            with interrupt:
+                run_pass(shelf, store)
+                store.resize(2 + line % (num_slots - 1))
+                store.resize(num_slots)
+        except KeyboardInterrupt:
+            pass
+        store.resize(2 + line % (num_slots - 1))
+        check_slots(store)
+        run_pass(shelf, store)
+        store.resize(num_slots)
+        if interrupt.left > 0:
+            break
+    else:
+        pytest.fail("there are more lines than were tried")
+    check_slots(store)
+    reader.close()

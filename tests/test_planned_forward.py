@@ -6,7 +6,9 @@ And what is promised when an op fails: the op is named, nothing hangs, the next 
 from __future__ import annotations
 
 import gc
+import os
 import threading
+import time
 import tracemalloc
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from budgets import forget_this_process, smallest_budget
 from specmoeoff.config import EngineConfig
 from specmoeoff.engine.forward import Forward, ResidentExperts, Span
 from specmoeoff.engine.micro_batch import cut
@@ -27,6 +30,7 @@ from specmoeoff.engine.planned_memory import PlannedConfig
 from specmoeoff.engine.record import longest, record
 from specmoeoff.engine.weights import Loader, ModelWeights, load_whole
 from specmoeoff.errors import DoesNotFitError, OpError, StreamError
+from specmoeoff.offload import reader as reader_module
 from specmoeoff.offload.kv_cache import KvCache, KvSequence
 from specmoeoff.offload.planned_experts import PlannedExperts
 from specmoeoff.offload.reader import Reader
@@ -274,6 +278,108 @@ def test_a_failure_on_any_lane_is_named_and_the_next_pass_is_right(
         with pytest.raises(raised, match=rf"op \d+ \({FAULTS[lane]} L.*failed: {error}"):
             talk.step()
     assert same(np.concatenate([first, talk.step(), talk.step()]), expected)
+
+
+@pytest.mark.parametrize("kind", ["serial", "overlapped"])
+@pytest.mark.parametrize("op", ["read", "attend", "experts"])
+@pytest.mark.parametrize("error", [MemoryError("no room"), ZeroDivisionError("a bug")])
+def test_a_failure_on_a_lane_of_this_machine(
+    bench: Bench,
+    executor: OverlappedExecutor,
+    expected: Hidden,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    op: str,
+    kind: str,
+) -> None:
+    runs: Executor = executor if kind == "overlapped" else SerialExecutor()
+    talk = Conversation(bench.planned(runs, "specmoeoff", CPU, num_micro_batches=2))
+    first = talk.step()
+    with monkeypatch.context() as patch:
+        Fault(patch, op, error)
+        with pytest.raises(OpError, match=rf"op \d+ \({op} L.*failed: {error}"):
+            talk.step()
+    assert same(np.concatenate([first, talk.step(), talk.step()]), expected)
+
+
+class Disk:
+    """What a disk does from its n-th read on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, does: str) -> None:
+        self.started, self.gate = threading.Event(), threading.Event()
+        self.left = 5
+        real = os.preadv
+
+        def preadv(descriptor: int, into: list[memoryview], offset: int) -> int:
+            self.left -= 1
+            if self.left == 0 and does == "fails":
+                raise OSError(5, "Input/output error")
+            if self.left == 0 and does == "takes long":
+                time.sleep(0.5)
+            if self.left <= 0 and does == "is short":
+                into = [into[0][:4096]]
+            if self.left <= 0 and does == "hangs":
+                self.started.set()
+                assert self.gate.wait(60)
+            return real(descriptor, into, offset)
+
+        monkeypatch.setattr(reader_module.os, "preadv", preadv)
+
+
+@pytest.mark.parametrize("kind", ["serial", "overlapped"])
+@pytest.mark.parametrize("placement", ["cpu", "sim with disk"])
+@pytest.mark.parametrize("does", ["fails", "is short", "takes long"])
+def test_a_disk_that_is_not_well(
+    bench: Bench,
+    executor: OverlappedExecutor,
+    expected: Hidden,
+    monkeypatch: pytest.MonkeyPatch,
+    does: str,
+    placement: str,
+    kind: str,
+) -> None:
+    runs: Executor = executor if kind == "overlapped" else SerialExecutor()
+    talk = Conversation(bench.planned(runs, "specmoeoff", PLACEMENTS[placement]))
+    steps = [talk.step()]
+    runs.settle()
+    with monkeypatch.context() as patch:
+        disk = Disk(patch, does)
+        if does == "fails":
+            with pytest.raises(StreamError, match=r"op \d+ \(read L.* Input/output error"):
+                talk.steps(3)
+        else:
+            steps.append(talk.step())
+        runs.settle()
+        assert disk.left <= 0
+    assert same(np.concatenate([*steps, talk.steps(3 - len(steps))]), expected)
+
+
+@pytest.mark.parametrize("kind", ["serial", "overlapped"])
+def test_closing_while_a_read_hangs(
+    tiny_mixtral: Path, monkeypatch: pytest.MonkeyPatch, wanted: PlannedConfig, kind: str
+) -> None:
+    """The step ends with the reason, and no lane is left."""
+    wanted = replace(wanted, overlapped=kind == "overlapped")
+    config = EngineConfig(model=str(tiny_mixtral), memory=smallest_budget(tiny_mixtral))
+    forget_this_process(monkeypatch)
+    planned = open_planned(config, wanted)
+    disk = Disk(monkeypatch, "hangs")
+    told: list[str] = []
+
+    def run() -> None:
+        with pytest.raises((StreamError, OpError)) as error:
+            Conversation(planned.forward).steps(50)
+        told.append(str(error.value))
+
+    runner = threading.Thread(target=run)
+    runner.start()
+    assert disk.started.wait(30)
+    planned.close()
+    runner.join(30)
+    assert len(told) == 1
+    assert "closed" in told[0]
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("lane")]
+    disk.gate.set()
 
 
 def test_a_file_that_was_cut_short_is_named(

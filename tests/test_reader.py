@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from specmoeoff.errors import StreamError
 from specmoeoff.offload import reader as reader_module
 from specmoeoff.offload.arena import Arena
-from specmoeoff.offload.reader import ALIGNMENT, Reader, Segment
+from specmoeoff.offload.reader import ALIGNMENT, Read, Reader, Segment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -230,6 +232,7 @@ def test_an_unaligned_direct_read_falls_back(
 def test_close_fails_what_is_queued_and_refuses_more(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(reader_module, "GRACE_S", 30.0)
     reader = Reader(num_threads=1, piece_bytes=ALIGNMENT)
     gate, started = threading.Event(), threading.Event()
     real = reader._read
@@ -268,3 +271,88 @@ def test_no_descriptor_is_left_open(file: Path, content: bytes) -> None:
         file.write_bytes(content)
     reader.close()
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+# A read that hangs --------------------------------------------------------------------------------
+
+
+class Hang:
+    """Holds every read of a file until it is released."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.started, self.gate = threading.Event(), threading.Event()
+        real = os.preadv
+
+        def preadv(descriptor: int, into: list[memoryview], offset: int) -> int:
+            self.started.set()
+            assert self.gate.wait(60)
+            return real(descriptor, into, offset)
+
+        monkeypatch.setattr(reader_module.os, "preadv", preadv)
+
+
+def test_closing_leaves_a_read_that_hangs(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its waiter is told; when the disk answers at last, memory and files are still there."""
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    hang = Hang(monkeypatch)
+    reader = Reader(num_threads=2, piece_bytes=ALIGNMENT)
+    whole = segment(file, 0, 38)
+    arena = Arena(whole.num_bytes)
+    arena.hold(arena.num_bytes)
+    memory = weakref.ref(arena.bytes)
+    read = reader.submit("expert 1", [whole], [arena.bytes[: whole.num_bytes].data])
+    assert hang.started.wait(30)
+    reader.close()
+    with pytest.raises(StreamError, match="expert 1: the reader was closed"):
+        read.wait()
+    reader.close()
+    alive = [thread for thread in reader._threads if thread.is_alive()]
+    assert alive
+    assert all(thread.daemon for thread in alive), "it would keep the process from ending"
+    del arena, read
+    gc.collect()
+    assert memory() is not None, "late bytes would be written into memory that was freed"
+    hang.gate.set()
+    for thread in alive:
+        thread.join(30)
+        assert not thread.is_alive()
+    gc.collect()
+    assert memory() is None
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_who_waits_is_told_when_another_thread_closes(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hang = Hang(monkeypatch)
+    reader = Reader(num_threads=1, piece_bytes=ALIGNMENT)
+    one = segment(file, 0, 1)
+    (buffer,) = buffers([one])
+    read = reader.submit("expert 1", [one], [buffer])
+    told: list[str] = []
+
+    def wait() -> None:
+        with pytest.raises(StreamError) as error:
+            read.wait()
+        told.append(str(error.value))
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    assert hang.started.wait(30)
+    reader.close()
+    waiter.join(30)
+    assert told == ["expert 1: the reader was closed"]
+    hang.gate.set()
+
+
+def test_a_read_that_was_never_started_is_lost_and_no_other(file: Path, reader: Reader) -> None:
+    one = segment(file, 0, 1)
+    (buffer,) = buffers([one])
+    started, lost = reader.submit("a", [one], [buffer]), Read("b", [one], [buffer])
+    reader.fail_if_lost(started)
+    reader.fail_if_lost(lost)
+    with pytest.raises(StreamError, match="reading b was interrupted"):
+        lost.wait()
+    started.wait()
+    reader.fail_if_lost(started)
+    started.wait()

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 from budgets import forget_this_process, smallest_budget
 from specmoeoff import LLM, SamplingParams, SpeculativeConfig, kernels
-from specmoeoff.errors import CheckpointError, StreamError
+from specmoeoff.errors import CheckpointError, InvalidInputError, StreamError
 from specmoeoff.offload import reader as reader_module
+from specmoeoff.offload.arena import Arena
 from specmoeoff.offload.checkpoint import Checkpoint
+from specmoeoff.offload.kv_cache import KvCache
 from tiny import write_draft, write_tiny
 
 if TYPE_CHECKING:
@@ -152,6 +160,163 @@ def test_read_errors(
         with pytest.raises(StreamError, match=r"safetensors: reading expert .* Input/output"):
             all(llm.generate(PROMPTS, GREEDY) for _ in range(50))
     assert tokens(llm.generate(PROMPTS, GREEDY)) == expected
+
+
+def test_reads_that_come_in_small_parts(
+    llm: LLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel may return fewer bytes than were asked for; the rest is asked for again."""
+    real = os.preadv
+    monkeypatch.setattr(
+        reader_module.os, "preadv", lambda fd, into, at: real(fd, [into[0][:4096]], at)
+    )
+    assert tokens(llm.generate(PROMPTS, GREEDY)) == expected
+
+
+class Hang:
+    """Holds every read of an expert until it is released."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.started, self.gate = threading.Event(), threading.Event()
+        real = os.preadv
+
+        def preadv(*where: Any) -> int:
+            self.started.set()
+            assert self.gate.wait(60)
+            return real(*where)
+
+        monkeypatch.setattr(reader_module.os, "preadv", preadv)
+
+
+def test_a_read_that_takes_long_is_waited_for(
+    llm: LLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hang = Hang(monkeypatch)
+    threading.Timer(0.5, hang.gate.set).start()
+    assert tokens(llm.generate(PROMPTS, GREEDY)) == expected
+    assert hang.started.is_set()
+
+
+def test_closing_while_a_read_hangs(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It returns while the disk is still silent, and so does the run, with the reason."""
+    hang = Hang(monkeypatch)
+    told: list[str] = []
+
+    def run() -> None:
+        with pytest.raises(StreamError) as error:
+            llm.generate(PROMPTS, GREEDY)
+        told.append(one_sentence(error.value))
+
+    runner = threading.Thread(target=run)
+    runner.start()
+    assert hang.started.wait(30)
+    llm.close()
+    runner.join(30)
+    assert len(told) == 1
+    assert "the reader was closed" in told[0]
+    with pytest.raises(InvalidInputError, match="was closed"):
+        llm.generate(PROMPTS, GREEDY)
+    hang.gate.set()
+
+
+def test_an_interrupt_while_a_read_hangs(
+    llm: LLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call returns at once, and the next one goes on when the disk answers again."""
+    with monkeypatch.context() as patch:
+        hang = Hang(patch)
+
+        def interrupted(read: reader_module.Read) -> None:
+            assert hang.started.wait(30)
+            raise KeyboardInterrupt
+
+        patch.setattr(reader_module.Read, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(PROMPTS, GREEDY)
+    hang.gate.set()
+    assert tokens(llm.generate(PROMPTS, GREEDY)) == expected
+
+
+HANGING_DISK = """
+import os, threading, time
+read = os.preadv
+def preadv(*where):
+    if threading.current_thread().name.startswith("reader"):
+        open(os.environ["HANGS"], "w").close()
+        time.sleep(3600)
+    return read(*where)
+os.preadv = preadv
+"""
+
+
+def test_ctrl_c_ends_a_command_whose_read_hangs(checkpoint: Path, tmp_path: Path) -> None:
+    """Exit code 130, and no process that waits for its threads."""
+    (tmp_path / "sitecustomize.py").write_text(HANGING_DISK)
+    hangs = tmp_path / "hangs"
+    jobs, output = tmp_path / "jobs.jsonl", tmp_path / "results.jsonl"
+    jobs.write_text('{"id": "a", "prompt_token_ids": [1, 2, 3]}\n')
+    command = [sys.executable, "-m", "specmoeoff", "generate", str(checkpoint), "--memory", "1GiB"]
+    process = subprocess.Popen(
+        [*command, "--prompts", str(jobs), "--output", str(output)],
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "HANGS": str(hangs)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not hangs.exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, errors
+    assert "interrupted" in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("call", [1, 2, 9, 40])
+@pytest.mark.parametrize("error", [MemoryError(), OSError(12, "Cannot allocate memory")])
+def test_memory_that_cannot_be_had(
+    llm: LLM,
+    expected: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    call: int,
+) -> None:
+    """The caches and the slots change their sizes by this; a run may need it fewer times."""
+    real, calls = Arena.hold, []
+
+    def hold(arena: Arena, num_bytes: int) -> None:
+        calls.append(1)
+        if len(calls) == call:
+            raise error
+        real(arena, num_bytes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Arena, "hold", hold)
+        with contextlib.suppress(type(error)):
+            for _ in range(3):
+                llm.generate(PROMPTS, GREEDY)
+    assert calls
+    assert llm._engine._target.kv.num_used == 0
+    assert tokens(llm.generate(PROMPTS, GREEDY)) == expected
+
+
+@pytest.mark.parametrize("call", [1, 4, 30])
+def test_a_bug_while_tokens_are_committed(
+    llm: LLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    engine = llm._engine
+    requests = [
+        engine.add_request(str(i), prompt["prompt_token_ids"], GREEDY)
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    with monkeypatch.context() as patch:
+        truncate = failing_every(call, RuntimeError("a bug"), KvCache.truncate)
+        patch.setattr(KvCache, "truncate", truncate)
+        with pytest.raises(RuntimeError, match="a bug"):
+            all(engine.step() for _ in range(1000))
+    while engine.has_work:
+        engine.step()
+    assert [request.sequences[0].output_token_ids for request in requests] == expected
 
 
 @pytest.mark.parametrize("kernel", ["expert_ffn_many", "chunked_attention", "append_kv"])

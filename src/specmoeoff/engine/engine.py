@@ -17,7 +17,7 @@ from specmoeoff.engine.scheduler import Scheduled, Scheduler
 from specmoeoff.engine.sequence import Request, Sequence
 from specmoeoff.engine.stats import EngineStats, StepFigures
 from specmoeoff.engine.verification import needs_logits, verify_batch
-from specmoeoff.errors import InvalidInputError
+from specmoeoff.errors import InvalidInputError, StreamError
 from specmoeoff.sampling import SequenceSampler
 from specmoeoff.speculative.verify import Verification, truncate_at_stop
 
@@ -72,6 +72,7 @@ class Engine:
             self._release_draft,
         )
         self._num_requests = 0
+        self._is_closed = False
 
     # -- requests -------------------------------------------------------------------------------
 
@@ -141,6 +142,8 @@ class Engine:
             StreamError: Weights could not be read. Finished requests are whole; the others keep
                 their tokens and can go on with the next step.
         """
+        if self._is_closed:
+            raise StreamError("this engine was closed; make a new one")
         start = time.perf_counter()
         num_decoding = sum(sequence.is_decoding for sequence in self._scheduler.running)
         num_drafts = 0
@@ -157,10 +160,10 @@ class Engine:
             # Tokens are proposed within the pass, so that a plan can draft some while others run.
             hidden = self._target.run(drafting.spans(), propose)
             verifications = verify_batch(self._target, batch, proposals, hidden)
+            updates = self._commit(batch, proposals, verifications)
         except BaseException:
             self._forget_pass(batch)
             raise
-        updates = self._commit(batch, proposals, verifications)
         self._stats.draft_s += drafting.draft_s
         figures = StepFigures.of(batch, proposals, verifications, time.perf_counter() - start)
         self._stats.add(figures)
@@ -237,6 +240,8 @@ class Engine:
         """After a failure: whatever the pass wrote is dropped, and its sequences start over."""
         for work in reversed(batch):
             if work.sequence in self._scheduler.running:
+                # It may have failed between finding its end and leaving.
+                work.sequence.finish_reason = None
                 self._scheduler.preempt(work.sequence)
 
     # -- figures --------------------------------------------------------------------------------
@@ -252,7 +257,8 @@ class Engine:
         return stats
 
     def close(self) -> None:
-        """Stop the target's reading; the engine cannot step afterwards."""
+        """End the target's reading within two seconds; the engine cannot step afterwards."""
+        self._is_closed = True
         self._target.close()
 
 

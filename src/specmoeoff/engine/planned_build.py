@@ -59,9 +59,9 @@ class Planned:
     tiers: tuple[Tier, ...]
 
     def close(self) -> None:
-        """End the lanes and the reader."""
-        self.forward.close()
+        """End the reader and the lanes, within two seconds: a lane may be waiting for a read."""
         self.reader.close()
+        self.forward.close()
 
 
 def open_planned(config: EngineConfig, wanted: PlannedConfig) -> Planned:

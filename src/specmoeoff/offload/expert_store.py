@@ -26,12 +26,13 @@ import numpy as np
 
 from specmoeoff.errors import StreamError
 from specmoeoff.offload.arena import Arena, round_up
+from specmoeoff.offload.reader import Read
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from specmoeoff.offload.expert_layout import ExpertLayout
-    from specmoeoff.offload.reader import Read, Reader
+    from specmoeoff.offload.reader import Reader
 
 Tensors = Mapping[str, "NDArray[np.generic]"]
 
@@ -95,12 +96,15 @@ class ExpertStore:
         self._cursor = 0
         self._pass_ended = 0.0
         self._gap_s = 0.0
+        self._is_changing = False
+        """Whether a pass or a change of size has begun and not reached its end."""
         self._passing = self._spread_out()
 
     # -- what the engine calls ------------------------------------------------------------------
 
     def begin_step(self, num_tokens: int) -> None:
         """Say how many tokens the coming pass routes, and start reading ahead for it."""
+        self._begin()
         self._cursor = 0
         least = LEAST_SHARE * self._experts_per_token / self.num_experts
         per_token = np.maximum(self._per_token, least)
@@ -142,6 +146,7 @@ class ExpertStore:
         self._cursor = first + self.num_experts
         self._pass_ended = time.perf_counter()
         self._read_ahead()
+        self._is_changing = layer < self.num_layers - 1
 
     def resize(self, num_slots: int) -> None:
         """Hold at most ``num_slots`` from now on; the memory of dropped slots is given back.
@@ -149,6 +154,7 @@ class ExpertStore:
         Call between passes. Slots are dropped from the top of the arena, so the expert in the last
         one may have to move.
         """
+        self._begin()
         while self.num_slots > num_slots:
             last = self.num_slots - 1
             if last in self._free:
@@ -162,6 +168,7 @@ class ExpertStore:
             self._free.append(self.num_slots)
             self.num_slots += 1
         self._arena.hold(self.num_slots * self.slot_bytes)
+        self._is_changing = False
 
     @property
     def resident_experts(self) -> int:
@@ -186,12 +193,11 @@ class ExpertStore:
                     slot = self._take_slot(protect=pending[:1])
                 if slot is None:
                     break
-                self._slot_of[index] = slot
-                missing.append(index)
+                missing.append((index, slot))
             covered += 1
         # Each urgent read goes to the front, so the first one wanted is submitted last.
-        for index in reversed(missing):
-            self._submit(index, urgent=True)
+        for index, slot in reversed(missing):
+            self._submit(index, slot, urgent=True)
         self.stats.missed_experts += len(missing)
         return covered
 
@@ -247,8 +253,7 @@ class ExpertStore:
                 if victim is None or uses[victim] <= next_use:
                     return
                 slot = self._release_slot(int(candidates[victim]))
-            self._slot_of[index] = slot
-            self._submit(index, urgent=False)
+            self._submit(index, slot, urgent=False)
 
     def _window(self) -> int:
         """Experts to look ahead: what the link can bring while nothing is consumed, and a few more.
@@ -269,16 +274,32 @@ class ExpertStore:
             gap_s = time.perf_counter() - self._pass_ended
             self._gap_s += GAP_MEMORY * (min(gap_s, LONGEST_GAP_S) - self._gap_s)
 
-    def _submit(self, index: int, urgent: bool) -> None:
+    def _submit(self, index: int, slot: int, urgent: bool) -> None:
         layout = self._layouts[index]
-        base = int(self._slot_of[index]) * self.slot_bytes
+        base = slot * self.slot_bytes
         memory = self._arena.bytes
         buffers = [
             memory[base + start : base + start + segment.num_bytes].data
             for start, segment in zip(layout.starts, layout.segments, strict=True)
         ]
-        self._reads[index] = self._reader.submit(layout.name, layout.segments, buffers, urgent)
+        read = Read(layout.name, layout.segments, buffers)
+        # Noted before it starts: whatever interrupts this, a slot that has no read has its bytes.
+        self._reads[index] = read
+        self._slot_of[index] = slot
+        self._reader.start(read, urgent)
         self.stats.fetched_experts += 1
+
+    def _begin(self) -> None:
+        """Set right what an interrupt may have cut in two, and expect another."""
+        if self._is_changing:
+            self._held = []
+            for index, read in list(self._reads.items()):
+                self._reader.fail_if_lost(read)
+                if self._slot_of[index] < 0:
+                    del self._reads[index]
+            taken = set(self._slot_of.tolist())
+            self._free = [slot for slot in range(self.num_slots)[::-1] if slot not in taken]
+        self._is_changing = True
 
     # -- choosing what to drop -------------------------------------------------------------------
 
@@ -348,12 +369,12 @@ class ExpertStore:
 
     def _release_slot(self, index: int) -> int:
         """Take an expert's slot away; whatever was read ahead for it is forgotten."""
-        read = self._reads.get(index)
-        if read is not None and read.is_done:
-            del self._reads[index]
         slot = int(self._slot_of[index])
         self._slot_of[index] = -1
         self._passing[index] = 0.0
+        read = self._reads.get(index)
+        if read is not None and read.is_done:
+            del self._reads[index]
         return slot
 
     def _learn(self, first: int, counts: NDArray[np.int64]) -> None:

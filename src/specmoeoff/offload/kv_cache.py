@@ -108,17 +108,18 @@ class KvCache:
             return False
         pages = [heapq.heappop(self._free) for _ in range(missing)]
         top = pages[-1] + 1
-        if top > self.high_water:
-            granted = False
-            try:
-                granted = self.may_grow(top)
-            finally:
-                if not granted:
-                    for page in pages:
-                        heapq.heappush(self._free, page)
+        granted = top <= self.high_water
+        try:
+            if not granted and self.may_grow(top):
+                self._set_high_water(top)
+                granted = True
+        finally:
+            # Refused, or whatever was raised: they are nobody's.
             if not granted:
-                return False
-            self._set_high_water(top)
+                for page in pages:
+                    heapq.heappush(self._free, page)
+        if not granted:
+            return False
         sequence.pages.extend(pages)
         self.num_used += missing
         return True
@@ -143,11 +144,11 @@ class KvCache:
 
     def free(self, sequence: KvSequence) -> None:
         """Give a sequence's pages back; memory above the new high-water mark is returned."""
-        for page in sequence.pages:
+        # Taken first: an interrupted call must not give a page back twice when it is repeated.
+        pages, sequence.pages, sequence.length = sequence.pages, [], 0
+        for page in pages:
             heapq.heappush(self._free, page)
-        self.num_used -= len(sequence.pages)
-        sequence.pages = []
-        sequence.length = 0
+        self.num_used -= len(pages)
         self._lower_high_water()
 
     def page_table(self, sequences: Sequence[KvSequence]) -> NDArray[np.int32]:

@@ -9,11 +9,14 @@ Knows bytes, slots and names of buffers. Knows nothing of tokens, models or time
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from specmoeoff.errors import StreamError
 from specmoeoff.offload.arena import Arena, round_up
+from specmoeoff.offload.reader import Read
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from specmoeoff.offload.expert_layout import ExpertLayout
-    from specmoeoff.offload.reader import Read, Reader
+    from specmoeoff.offload.reader import Reader
 
 Expert = tuple[int, int]
 """(layer, expert)."""
@@ -65,6 +68,8 @@ class PlannedExperts:
         self._resident: dict[Expert, int] = {}
         self._streamed: dict[Expert, int] = {}
         self._staged: dict[Expert, int] = {}
+        self._left_behind: list[Read] = []
+        """Reads of a fetch that failed."""
 
     # -- before the first step ---------------------------------------------------------------------
 
@@ -163,17 +168,33 @@ class PlannedExperts:
 
     def _fetch(self, slots: _Slots, wanted: Mapping[Expert, int]) -> None:
         """Read experts into slots, all at once so that the disk's queue is never empty."""
-        reads = [self._submit(slots, expert, slot) for expert, slot in wanted.items()]
-        for read in reads:
-            read.wait()
+        self._let_land()
+        reads = [self._read_into(slots, expert, slot) for expert, slot in wanted.items()]
+        try:
+            for read in reads:
+                self._reader.start(read)
+            for read in reads:
+                read.wait()
+        except BaseException:
+            self._left_behind += reads
+            raise
 
-    def _submit(self, slots: _Slots, expert: Expert, slot: int) -> Read:
+    def _let_land(self) -> None:
+        """Wait for what a failure left in flight: its slots may be others' now."""
+        while self._left_behind:
+            read = self._left_behind[-1]
+            self._reader.fail_if_lost(read)
+            with contextlib.suppress(StreamError):
+                read.wait()
+            self._left_behind.pop()
+
+    def _read_into(self, slots: _Slots, expert: Expert, slot: int) -> Read:
         layout, view = self._layout(expert), slots.view(slot)
         buffers = [
             view[start : start + segment.num_bytes].data
             for start, segment in zip(layout.starts, layout.segments, strict=True)
         ]
-        return self._reader.submit(layout.name, layout.segments, buffers)
+        return Read(layout.name, layout.segments, buffers)
 
 
 class _Slots:

@@ -3,6 +3,10 @@
 A read is cut into pieces so that several threads (and the disk's queue) share one large expert;
 pieces are served in the order they were asked for, urgent ones first. Knows files, offsets and
 buffers; knows nothing of experts or layers.
+
+A read that hangs cannot be called back. Closing leaves it behind after ``GRACE_S``: who waits for
+it is told, its thread ends when the disk answers, and until then its buffer is kept, so that late
+bytes land in memory that is still there and that nobody reads.
 """
 
 from __future__ import annotations
@@ -19,13 +23,15 @@ from typing import TYPE_CHECKING
 from specmoeoff.errors import StreamError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
 ALIGNMENT = 4096
 """What O_DIRECT wants of offsets, lengths and addresses on every common file system."""
 PIECE_BYTES = 4 << 20
 NUM_THREADS = 4
+GRACE_S = 0.4
+"""How long closing waits for pieces in flight; with the lanes' share it stays below two seconds."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +48,16 @@ class Segment:
 
 
 class Read:
-    """One read in flight: wait() returns when its bytes are there, or raises why they are not."""
+    """One read: wait() returns when its bytes are there, or raises why they are not."""
 
-    def __init__(self, name: str, num_pieces: int) -> None:
+    def __init__(
+        self, name: str, segments: Sequence[Segment], buffers: Sequence[memoryview]
+    ) -> None:
         self.name = name
-        self._left = num_pieces
+        self.segments = segments
+        self.buffers = buffers
+        """Where each segment goes, ``num_bytes`` of it."""
+        self._left = 0
         self._error: Exception | None = None
         self._done = threading.Event()
 
@@ -70,11 +81,21 @@ class Read:
         if self._error is not None:
             raise StreamError(str(self._error)) from self._error
 
+    def expect(self, num_pieces: int) -> None:
+        """Say how many pieces are to come (called under the reader's lock)."""
+        self._left = num_pieces
+
     def finish_piece(self, error: Exception | None) -> None:
         """Count one piece as arrived (called under the reader's lock)."""
         self._error = self._error or error
         self._left -= 1
         if self._left == 0:
+            self._done.set()
+
+    def fail(self, error: Exception) -> None:
+        """Give it up, whatever has arrived (called under the reader's lock)."""
+        if not self._done.is_set():
+            self._error = self._error or error
             self._done.set()
 
 
@@ -86,7 +107,7 @@ class ReaderStats:
     busy_s: float = 0.0
 
 
-@dataclass
+@dataclass(eq=False)
 class _Piece:
     read: Read
     file: Path
@@ -102,7 +123,7 @@ class Reader:
         self.stats = ReaderStats()
         self._piece_bytes = piece_bytes
         self._queue: deque[_Piece] = deque()
-        self._in_flight = 0
+        self._flying: list[_Piece] = []
         self._busy_since = 0.0
         self._closed = False
         self._wake = threading.Condition()
@@ -122,7 +143,17 @@ class Reader:
         buffers: Sequence[memoryview],
         urgent: bool = False,
     ) -> Read:
-        """Queue one read of several segments, each into its buffer of ``num_bytes`` bytes.
+        """Make a read of several segments, each into its buffer, and start it.
+
+        Raises:
+            StreamError: The reader was closed.
+        """
+        read = Read(name, segments, buffers)
+        self.start(read, urgent)
+        return read
+
+    def start(self, read: Read, urgent: bool = False) -> None:
+        """Queue a read.
 
         ``urgent`` reads go before everything queued; several urgent ones are served last asked
         first, so ask for them in reverse.
@@ -130,13 +161,59 @@ class Reader:
         Raises:
             StreamError: The reader was closed.
         """
-        pieces = [
-            (segment, buffer, at)
-            for segment, buffer in zip(segments, buffers, strict=True)
-            for at in range(0, segment.num_bytes, self._piece_bytes)
-        ]
-        read = Read(name, len(pieces))
-        queued = [
+        pieces = self._cut(read)
+        with self._wake:
+            if self._closed:
+                error = StreamError(f"{read.name} cannot be read: the reader was closed")
+                read.fail(error)
+                raise error
+            read.expect(len(pieces))
+            # Each of these is one call that an interrupt cannot cut in two.
+            if urgent:
+                self._queue.extendleft(reversed(pieces))
+            else:
+                self._queue.extend(pieces)
+            self._wake.notify(len(pieces))
+
+    def fail_if_lost(self, read: Read) -> None:
+        """Fail a read that an interrupt kept from starting; see that any other is served."""
+        with self._wake:
+            if not any(piece.read is read for piece in (*self._queue, *self._flying)):
+                read.fail(StreamError(f"reading {read.name} was interrupted"))
+            # It may have come between queueing and waking.
+            self._wake.notify_all()
+
+    def busy_seconds(self) -> float:
+        """Return the seconds in which at least one piece was in flight, up to now."""
+        with self._wake:
+            running = time.monotonic() - self._busy_since if self._flying else 0.0
+            return self.stats.busy_s + running
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing can be read any more."""
+        return self._closed
+
+    def close(self) -> None:
+        """Drop what is queued, give what is in flight ``GRACE_S`` to end, and close the files.
+
+        A piece that hangs is left to its thread: its read fails for whoever waits, and the files
+        are closed when the last such piece has ended.
+        """
+        with self._wake:
+            self._closed = True
+            self._fail(self._queue)
+            self._queue.clear()
+            self._wake.notify_all()
+        deadline = time.monotonic() + GRACE_S
+        for thread in self._threads:
+            thread.join(max(deadline - time.monotonic(), 0.0))
+        with self._wake:
+            self._fail(self._flying)
+            self._close_files()
+
+    def _cut(self, read: Read) -> list[_Piece]:
+        return [
             _Piece(
                 read,
                 segment.file,
@@ -144,37 +221,14 @@ class Reader:
                 max(0, min(segment.needed_bytes - at, self._piece_bytes)),
                 buffer[at : at + self._piece_bytes],
             )
-            for segment, buffer, at in pieces
+            for segment, buffer in zip(read.segments, read.buffers, strict=True)
+            for at in range(0, segment.num_bytes, self._piece_bytes)
         ]
-        with self._wake:
-            if self._closed:
-                raise StreamError(f"{name} cannot be read: the reader was closed")
-            if urgent:
-                self._queue.extendleft(reversed(queued))
-            else:
-                self._queue.extend(queued)
-            self._wake.notify(len(queued))
-        return read
 
-    def busy_seconds(self) -> float:
-        """Return the seconds in which at least one piece was in flight, up to now."""
-        with self._wake:
-            running = time.monotonic() - self._busy_since if self._in_flight else 0.0
-            return self.stats.busy_s + running
-
-    def close(self) -> None:
-        """Drop what is queued, let the pieces in flight end, and close the files."""
-        with self._wake:
-            self._closed = True
-            for piece in self._queue:
-                piece.read.finish_piece(StreamError(f"{piece.read.name}: the reader was closed"))
-            self._queue.clear()
-            self._wake.notify_all()
-        for thread in self._threads:
-            thread.join()
-        self._failed_descriptors += [descriptor for descriptor, _ in self._descriptors.values()]
-        self._descriptors.clear()
-        self._close_failed()
+    @staticmethod
+    def _fail(pieces: Iterable[_Piece]) -> None:
+        for piece in pieces:
+            piece.read.fail(StreamError(f"{piece.read.name}: the reader was closed"))
 
     def _serve(self) -> None:
         while True:
@@ -184,24 +238,28 @@ class Reader:
                 if self._closed:
                     return
                 piece = self._queue.popleft()
-                if self._in_flight == 0:
+                if not self._flying:
                     self._busy_since = time.monotonic()
-                self._in_flight += 1
+                self._flying.append(piece)
             error: Exception | None = None
             try:
                 self._read(piece)
             except Exception as caught:  # whatever it is belongs to the read, not to this thread
                 error = self._explain(piece, caught)
             with self._wake:
-                self._in_flight -= 1
+                self._flying.remove(piece)
                 if error is None:
                     self.stats.bytes += len(piece.buffer)
                 else:
                     self._forget_descriptor(piece.file)
-                if self._in_flight == 0:
+                if not self._flying:
                     self.stats.busy_s += time.monotonic() - self._busy_since
                     self._close_failed()
+                    if self.is_closed:
+                        self._close_files()
                 piece.read.finish_piece(error)
+            # A thread that waits for the next piece keeps no buffer of the last one.
+            del piece
 
     def _read(self, piece: _Piece) -> None:
         descriptor, direct = self._descriptor(piece.file)
@@ -242,6 +300,13 @@ class Reader:
         known = self._descriptors.pop(file, None)
         if known is not None:
             self._failed_descriptors.append(known[0])
+
+    def _close_files(self) -> None:
+        """Close all files, if no piece in flight can be using one."""
+        self._failed_descriptors += [descriptor for descriptor, _ in self._descriptors.values()]
+        self._descriptors.clear()
+        if not self._flying:
+            self._close_failed()
 
     def _close_failed(self) -> None:
         """Close what failed, once no piece in flight can be using it."""

@@ -181,8 +181,11 @@ def test_a_draft_without_a_cache_leaves_its_pages_to_the_target(
         str(target), memory=memory, speculative=speculative, max_num_seqs=max_num_seqs
     )
     plan = make_plan(config, *open_models(config))
-    shared = plan.without_draft_kv()
-    assert shared.policy == plan.policy
+    shared = plan.without_draft_kv(2048)
+    # Near the smallest budget, longer sequences fit.
+    longest = shared.policy.max_model_len
+    assert plan.policy.max_model_len <= longest <= min(2048, shared.kv_pages * 32)
+    assert shared.policy == replace(plan.policy, max_model_len=longest)
     assert shared.draft_page_bytes == 0
     assert plan.kv_pages <= shared.kv_pages
     least_slots = MIN_SLOTS * plan.policy.expert_slot_bytes

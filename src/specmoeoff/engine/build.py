@@ -16,6 +16,7 @@ from specmoeoff.engine.forward import Forward, ResidentExperts, Span
 from specmoeoff.engine.memory_plan import (
     DRAFT_ROWS,
     draft_kv_dtype,
+    longest_sequence,
     open_models,
     plan_models,
 )
@@ -88,7 +89,7 @@ def _reactive_engine(
     weights = load_dense(files.model, Loader(files.checkpoint))
     draft = _load_draft(config, draft_files, files, weights)
     if draft is not None and draft.target_layers is not None:
-        plan = plan.without_draft_kv()
+        plan = plan.without_draft_kv(longest_sequence(config, files.model.config))
     kv = _kv_cache(files.model.config, config.kv_dtype, plan.kv_pages)
     drafting = _drafting(config, draft, plan, kv)
     caches = [kv, *drafting.caches]

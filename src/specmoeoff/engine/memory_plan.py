@@ -66,14 +66,19 @@ class MemoryPlan:
     draft_rows: int = DRAFT_ROWS
     """Most rows of a draft's pass."""
 
-    def without_draft_kv(self) -> MemoryPlan:
-        """Return the plan for a draft that reads the target's KV cache: prompts are not for it."""
+    def without_draft_kv(self, longest: int) -> MemoryPlan:
+        """Return the plan for a draft that reads the target's KV cache: prompts are not for it.
+
+        Args:
+            longest: Tokens that the model and the user allow a sequence, see longest_sequence.
+        """
         policy = self.policy
         pages = (self.elastic_bytes - MIN_SLOTS * policy.expert_slot_bytes) // self.page_bytes
         return replace(
             self,
+            policy=replace(policy, max_model_len=min(longest, pages * PAGE_TOKENS)),
             draft_page_bytes=0,
-            kv_pages=_kv_pages(pages, policy.max_num_seqs, policy.max_model_len),
+            kv_pages=_kv_pages(pages, policy.max_num_seqs, longest),
             draft_rows=min(DRAFT_ROWS, policy.max_num_seqs),
         )
 

@@ -90,6 +90,7 @@ class ExpertStore:
         self._free = list(range(self.max_slots))[::-1]
         self._slot_of = np.full(self._total, -1, np.int64)
         self._reads: dict[int, Read] = {}
+        self._views: dict[int, tuple[int, Tensors]] = {}  # slot -> expert, tensors
         self._held: list[int] = []
         self._per_token = np.full(self._total, experts_per_token / self.num_experts)
         self._wanted = np.ones(self._total)
@@ -380,11 +381,17 @@ class ExpertStore:
     def _learn(self, first: int, counts: NDArray[np.int64]) -> None:
         """Update the routing probabilities of a layer from the tokens each expert got."""
         num_tokens = max(int(counts.sum()) // self._experts_per_token, 1)
-        span = slice(first, first + self.num_experts)
-        forget = 1.0 - np.exp(-num_tokens / MEMORY_TOKENS)
-        self._per_token[span] += forget * (counts / num_tokens - self._per_token[span])
+        per_token = self._per_token[first : first + self.num_experts]
+        forget = -math.expm1(-num_tokens / MEMORY_TOKENS)
+        per_token += forget * (counts / num_tokens - per_token)
 
     def _tensors(self, index: int) -> Tensors:
-        start = int(self._slot_of[index]) * self.slot_bytes
-        views = self._layouts[index].tensors.items()
-        return {name: view.of(self._arena.bytes, start) for name, view in views}
+        """Return an expert's tensors as views of its slot, made once for as long as it has it."""
+        slot = int(self._slot_of[index])
+        known = self._views.get(slot)
+        if known is None or known[0] != index:
+            views = self._layouts[index].tensors.items()
+            start = slot * self.slot_bytes
+            known = index, {name: view.of(self._arena.bytes, start) for name, view in views}
+            self._views[slot] = known
+        return known[1]

@@ -141,6 +141,16 @@ def test_a_device_and_a_schedule_reach_the_engine() -> None:
     assert opened[0].options.items() >= {"schedule": "moe_gen", "device_memory": 2 << 20}.items()
 
 
+@pytest.mark.parametrize("memory", [None, "24GB"])
+def test_a_gpu_may_be_told_how_much_memory_to_take(memory: str | None) -> None:
+    asked = [] if memory is None else ["--device-memory", memory]
+    options = app.parse(["generate", "M", "-p", "a", "--device", "cuda", *asked])
+    assert isinstance(options, GenerateOptions)
+    config = options.engine.engine()
+    assert config.is_planned
+    assert (config.device, config.device_memory) == ("cuda", memory and 24 * 10**9)
+
+
 @pytest.mark.parametrize(
     ("fields", "config"),
     [

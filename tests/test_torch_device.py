@@ -9,21 +9,25 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
 
-from specmoeoff import kernels
+from specmoeoff import LLM, SamplingParams, SpeculativeConfig, kernels
 from specmoeoff.config import EngineConfig
 from specmoeoff.devices import torch_maths as maths
 from specmoeoff.devices.base import Pages, Places
 from specmoeoff.devices.torch_device import WORKSPACE_BYTES, TorchDevice
 from specmoeoff.devices.torch_memory import TorchSlots, pin
+from specmoeoff.engine.dtype import choose_dtype
 from specmoeoff.engine.forward import Forward, ResidentExperts, Span
 from specmoeoff.engine.model_files import ModelFiles
 from specmoeoff.engine.planned_build import Planned, PlannedConfig, open_planned
+from specmoeoff.engine.planned_memory import split_memory
+from specmoeoff.engine.planned_policy import planned_config
 from specmoeoff.engine.weights import Loader, load_whole
 from specmoeoff.errors import CheckpointError, DoesNotFitError, InvalidInputError
 from specmoeoff.kernels import reference
@@ -31,7 +35,7 @@ from specmoeoff.models.registry import build_model
 from specmoeoff.offload.kv_cache import KvCache, KvSequence
 from specmoeoff.offload.reader import Reader
 from specmoeoff.pipeline.schedules import SCHEDULES
-from tiny import write_tiny
+from tiny import write_draft, write_tiny
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -180,6 +184,92 @@ def test_what_does_not_fit_is_refused(directory: Path, where: str) -> None:
             open_planned(EngineConfig(model=str(directory)), wanted(where, device_memory=0))
 
 
+# Engines -----------------------------------------------------------------------------------------
+
+
+def drafting(name: str, draft: Path) -> SpeculativeConfig | None:
+    if name == "off":
+        return None
+    if name == "ngram":
+        return SpeculativeConfig(method="ngram", num_speculative_tokens=3, prompt_lookup_min=1)
+    return SpeculativeConfig(model=str(draft), num_speculative_tokens=3)
+
+
+@pytest.mark.parametrize("drafts", ["off", "ngram", "draft"])
+def test_an_engine_says_what_the_default_one_says(
+    tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch, drafts: str
+) -> None:
+    """More prompts than run at once, greedy, so that steps come in many shapes."""
+    on_torch(monkeypatch, where)
+    # Experts that are much alike, so that their mean is a good draft.
+    target = write_tiny(tmp_path / "target", num_hidden_layers=3, expert_spread=0.1)
+    draft = write_draft(target, tmp_path / "draft", same_attention=True)
+    prompts = [{"prompt_token_ids": [7, 8, 9, 7, n] * n} for n in (1, 6, 2, 4, 3)]
+    greedy = SamplingParams(temperature=0.0, max_tokens=14, ignore_eos=True)
+    limits = {"max_num_seqs": 3, "max_num_batched_tokens": 64, "max_model_len": 64}
+    speculation = drafting(drafts, draft)
+    with LLM(str(target), memory="4GiB", speculative_config=speculation) as llm:
+        expected = [output.outputs[0].token_ids for output in llm.generate(prompts, greedy)]
+    memory = wanted(where).device_memory
+    with LLM(
+        str(target),
+        memory="4GiB",
+        device="cuda",
+        device_memory=memory,
+        speculative_config=speculation,
+        **limits,  # type: ignore[arg-type]
+    ) as llm:
+        found = [output.outputs[0].token_ids for output in llm.generate(prompts, greedy)]
+        stats = llm.stats()
+    assert found == expected
+    assert stats.fetched_experts > 0, "some experts are streamed"
+    assert (stats.drafted_tokens > 0) == (drafts != "off")
+    assert stats.accepted_tokens > 0 or drafts != "draft"
+
+
+def on_torch(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """Have engines take torch's device of a name for a GPU."""
+    monkeypatch.setattr(
+        "specmoeoff.engine.build.planned_config",
+        lambda config: replace(planned_config(config), torch_device=where),
+    )
+
+
+def test_a_draft_counts_where_it_runs_which_is_the_host(directory: Path, tmp_path: Path) -> None:
+    files = ModelFiles.open(str(directory))
+    draft = ModelFiles.open(str(write_draft(directory, tmp_path / "draft")))
+    config = EngineConfig(
+        model=str(directory), memory=1 << 32, speculative=drafting("draft", tmp_path / "draft")
+    )
+    parts = {"draft weights", "KV cache of the draft", "draft distributions"}
+    for kind, tier in (("cuda", 0), ("sim", 1)):
+        asked = wanted("cpu", device=kind, device_memory=1 << 24)
+        split = split_memory(config, asked, files, draft)
+        assert parts <= set(split.tiers[tier].as_dict())
+        assert not parts & set(split.tiers[1 - tier].as_dict())
+
+
+def test_auto_is_bfloat16_on_a_gpu(directory: Path, tmp_path: Path) -> None:
+    assert choose_dtype("auto", ModelFiles.open(str(directory)), on_gpu=True) == "bfloat16"
+    other = write_tiny(tmp_path / "float16", dtype="float16")
+    assert choose_dtype("auto", ModelFiles.open(str(other)), on_gpu=True) == "float32"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_an_engine_without_a_gpu_names_the_remedy(directory: Path) -> None:
+    for memory in (None, "24GB"):
+        with pytest.raises(InvalidInputError, match=r"needs torch with a GPU: torch .* finds no"):
+            LLM(str(directory), device="cuda", device_memory=memory)
+
+
+def test_an_engine_without_torch_names_the_remedy(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InvalidInputError, match="needs torch with a GPU: torch is not installed"):
+        LLM(str(directory), device="cuda")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_remedy_is_named(directory: Path) -> None:
     with pytest.raises(InvalidInputError, match="finds no CUDA device; use device 'cpu' or 'sim'"):
@@ -194,10 +284,17 @@ def test_without_torch_the_remedy_is_named(
         open_planned(EngineConfig(model=str(directory)), wanted("cpu"))
 
 
-def test_other_devices_do_not_import_torch() -> None:
-    code = "import sys, specmoeoff.engine.planned_build as b; b.open_planned; "
+def test_other_devices_do_not_import_torch(directory: Path) -> None:
+    code = """
+import sys
+from specmoeoff import LLM, SamplingParams
+for device in ({"device": "cpu"}, {"device": "sim", "device_memory": "4MiB"}):
+    with LLM(sys.argv[1], memory="4GiB", max_num_seqs=2, max_model_len=64, **device) as llm:
+        llm.generate({"prompt_token_ids": [1, 2, 3]}, SamplingParams(max_tokens=2))
+print("torch" in sys.modules)
+"""
     done = subprocess.run(
-        [sys.executable, "-c", code + "print('torch' in sys.modules)"],
+        [sys.executable, "-c", code, str(directory)],
         capture_output=True,
         text=True,
         check=True,

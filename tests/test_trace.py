@@ -94,7 +94,7 @@ def test_a_trace_that_is_only_priced(
     ("arguments", "code", "message"),
     [
         (("--schedule", "best"), 2, "--schedule 'best' is unknown; use one of specmoeoff"),
-        (("--device", "moon"), 2, "--device 'moon' is unknown; use cpu or sim"),
+        (("--device", "moon"), 2, "--device 'moon' is unknown; use cpu, sim or cuda"),
         (("--device", "sim"), 2, "give --device-memory"),
         (("--simulate",), 2, "add --device sim"),
         (("--batch", "0"), 2, "--batch is 0; it must be at least 1"),

@@ -15,11 +15,13 @@ from specmoeoff.errors import InvalidInputError
 KvDtype = Literal["bfloat16", "float16", "float32", "int8"]
 ExpertMode = Literal["auto", "belt", "demand"]
 Dtype = Literal["float32", "bfloat16"]
-Device = Literal["auto", "cpu", "sim"]
+Device = Literal["auto", "cpu", "sim", "cuda"]
 SpeculativeMethod = Literal["draft_model", "ngram"]
 
 KV_DTYPES: tuple[KvDtype, ...] = get_args(KvDtype)
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+WITH_MEMORY: tuple[Device, ...] = ("sim", "cuda")
+"""Devices with a memory of their own."""
 MAX_SPECULATIVE_TOKENS = 32
 
 
@@ -134,10 +136,13 @@ class EngineConfig:
     memory: int | None = None
     """Budget in bytes for the whole process (peak RSS); None takes what is free, less a margin."""
     device: Device = "auto"
-    """Where the target runs: ``cpu``, which ``auto`` takes, or ``sim``, a device that is simulated
-    with a memory of its own, through which all that a GPU would get is copied."""
+    """Where the target runs: ``cpu``, which ``auto`` takes; ``cuda``, a GPU through torch, with
+    attention on the host; or ``sim``, a device that is simulated with a memory of its own, through
+    which all that a GPU would get is copied. ``cuda`` adds in another order than the others, so its
+    tokens may differ from theirs where two logits are nearly equal."""
     device_memory: int | None = None
-    """Bytes of the simulated device's memory, beside ``memory``; ``sim`` needs it."""
+    """Bytes of the device's memory, beside ``memory``. ``sim`` needs it; on ``cuda`` None takes
+    what is free."""
     schedule: str = "auto"
     """The order of work in a step. ``reactive`` reads experts as tokens are routed to them and
     ahead of that; the names of ``pipeline.schedules`` run the plan of that schedule. ``auto`` takes
@@ -196,10 +201,11 @@ class EngineConfig:
                 raise InvalidInputError(
                     f"{name} is {getattr(self, name)!r}; use one of {', '.join(allowed)}"
                 )
-        if (self.device == "sim") != (self.device_memory is not None):
+        is_missing = self.device == "sim" and self.device_memory is None
+        if is_missing or (self.device_memory is not None and self.device not in WITH_MEMORY):
             raise InvalidInputError(
                 "device 'sim' and device_memory go together: give both, such as device_memory "
-                "'8GiB', or neither"
+                "'8GiB', or neither; device 'cuda' may have it"
             )
         if self.is_planned and self.expert_mode != "auto":
             raise InvalidInputError(
@@ -210,7 +216,7 @@ class EngineConfig:
     @property
     def is_planned(self) -> bool:
         """Whether passes run by plans."""
-        return self.schedule not in ("auto", "reactive") or self.device == "sim"
+        return self.schedule not in ("auto", "reactive") or self.device in WITH_MEMORY
 
 
 @dataclass(frozen=True)

@@ -126,19 +126,24 @@ Schedule = Annotated[
         metavar="NAME",
         help="Order of work in a step, the output is the same: reactive (read experts as tokens "
         "need them), or the plan of specmoeoff, zero_inference, flexgen, moe_lightning, moe_gen or "
-        "spec_offload. Default: reactive on cpu, specmoeoff on sim.",
+        "spec_offload. Default: reactive on cpu, specmoeoff elsewhere.",
     ),
 ]
 Device = Annotated[
     str | None,
     engine_option(
-        "--device", metavar="KIND", help="cpu, or sim: a device that is simulated. Default: cpu."
+        "--device",
+        metavar="KIND",
+        help="cpu; cuda: a GPU (needs torch); sim: a device that is simulated. Default: cpu.",
     ),
 ]
 DeviceMemory = Annotated[
     str | None,
     engine_option(
-        "--device-memory", metavar="SIZE", help="The device's memory, beside --memory (sim only)."
+        "--device-memory",
+        metavar="SIZE",
+        help="The device's memory, beside --memory; sim needs it, cuda by default takes what is "
+        "free.",
     ),
 ]
 MicroBatches = Annotated[

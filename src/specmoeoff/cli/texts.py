@@ -46,9 +46,9 @@ TRACE_EXAMPLES = (
 
 TRACE = (
     "Run decoding steps by a plan and write when each op ran, for Perfetto (ui.perfetto.dev).\n\n"
-    "'--device cpu' measures this machine; '--device sim' runs on a simulated device behind links "
-    "and processors of a set speed; '--simulate' runs nothing and prices the plan on those speeds, "
-    "from the model's file headers alone."
+    "'--device cpu' measures this machine, '--device cuda' its GPU; '--device sim' runs on a "
+    "simulated device behind links and processors of a set speed; '--simulate' runs nothing and "
+    "prices the plan on those speeds, from the model's file headers alone."
 )
 
 DEMO_EXAMPLES = (

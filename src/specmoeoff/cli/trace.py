@@ -29,7 +29,7 @@ class Traced:
     shape: StepShape
     times: str
     predicted_s: float
-    """A step among others, simulated at the speeds that were set or, on ``cpu``, measured."""
+    """A step among others, simulated at the speeds that were set or, elsewhere, measured."""
 
 
 def run(options: TraceOptions) -> int:
@@ -50,11 +50,11 @@ def _check(options: TraceOptions) -> None:
     if options.schedule not in SCHEDULES:
         known = ", ".join(SCHEDULES)
         raise InvalidInputError(f"--schedule {options.schedule!r} is unknown; use one of {known}")
-    if options.device not in ("cpu", "sim"):
-        raise InvalidInputError(f"--device {options.device!r} is unknown; use cpu or sim")
+    if options.device not in ("cpu", "sim", "cuda"):
+        raise InvalidInputError(f"--device {options.device!r} is unknown; use cpu, sim or cuda")
     if options.device == "sim" and options.device_memory is None:
         raise InvalidInputError("--device sim has a memory of its own; give --device-memory")
-    if options.device == "cpu" and options.simulate:
+    if options.device != "sim" and options.simulate:
         raise InvalidInputError("--simulate needs speeds that are set; add --device sim")
     for name in ("batch", "micro_batches", "context", "steps"):
         field = {"batch": "num_seqs", "micro_batches": "num_micro_batches", "steps": "num_steps"}
@@ -73,7 +73,7 @@ def _wanted(options: TraceOptions) -> PlannedConfig:
     is_sim = options.device == "sim"
     return PlannedConfig(
         schedule=options.schedule,
-        device="sim" if is_sim else "cpu",
+        device=options.device,  # type: ignore[arg-type]  # _check refuses what is unknown
         num_micro_batches=options.num_micro_batches,
         num_seqs=options.num_seqs,
         max_len=longest(options.context, options.num_steps),

@@ -9,7 +9,7 @@ import typer
 from specmoeoff.cli.arguments import Json, KvDtype, Memory, Model, Threads, output_option
 from specmoeoff.cli.options import EngineOptions, TraceOptions
 
-PLAN, SPEED = "Plan", "Simulated device"
+PLAN, SPEED = "Plan", "Device"
 
 
 def trace(
@@ -49,11 +49,15 @@ def trace(
         int, typer.Option("--steps", metavar="N", rich_help_panel=PLAN, help="Steps to keep.")
     ] = 2,
     device: Annotated[
-        str, typer.Option(metavar="KIND", rich_help_panel=SPEED, help="cpu, or sim.")
+        str, typer.Option(metavar="KIND", rich_help_panel=SPEED, help="cpu, sim or cuda.")
     ] = "cpu",
     device_memory: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", rich_help_panel=SPEED, help="Memory of the device."),
+        typer.Option(
+            metavar="SIZE",
+            rich_help_panel=SPEED,
+            help="Memory of the device. Default on cuda: what is free.",
+        ),
     ] = None,
     host: Annotated[
         str,

@@ -54,7 +54,8 @@ def open_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InvalidInputError(
-            f"torch {torch.__version__} finds no CUDA device; use device 'cpu' or 'sim'"
+            f"device 'cuda' needs torch with a GPU: torch {torch.__version__} finds no CUDA "
+            "device; use device 'cpu' or 'sim'"
         )
     return device
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from specmoeoff import kernels
 from specmoeoff.engine.allocator import return_large_blocks
 from specmoeoff.engine.draft_kv import shared_layers
-from specmoeoff.engine.dtype import choose_dtype
 from specmoeoff.engine.engine import Engine, Parts
 from specmoeoff.engine.forward import Forward, ResidentExperts, Span
 from specmoeoff.engine.memory_plan import (
@@ -20,11 +19,12 @@ from specmoeoff.engine.memory_plan import (
     open_models,
     plan_models,
 )
-from specmoeoff.engine.planned_build import load_planned
+from specmoeoff.engine.planned_build import load_planned, planned_dtype
 from specmoeoff.engine.planned_memory import split_memory
 from specmoeoff.engine.planned_policy import fixed_plan, planned_config
 from specmoeoff.engine.planned_target import PlannedTarget
 from specmoeoff.engine.reactive_target import ReactiveTarget
+from specmoeoff.engine.torch_build import with_device_memory
 from specmoeoff.engine.weights import (
     Loader,
     ModelWeights,
@@ -66,7 +66,8 @@ def build_engine(config: EngineConfig) -> Engine:
     Raises:
         CheckpointError: A model cannot be used.
         DoesNotFitError: The budget is too small; nothing was read.
-        InvalidInputError: This CPU does not have the kernel target, or the schedule is unknown.
+        InvalidInputError: This CPU does not have the kernel target, the schedule is unknown, or the
+            device needs torch or a GPU, and there is none.
     """
     if config.cpu_target is not None:
         try:
@@ -111,9 +112,9 @@ def _reactive_engine(
 def _planned_engine(
     config: EngineConfig, files: ModelFiles, draft_files: ModelFiles | None
 ) -> Engine:
-    wanted = planned_config(config)
+    wanted = with_device_memory(planned_config(config))
     split = split_memory(config, wanted, files, draft_files)
-    dtype = choose_dtype(config.dtype, files)
+    dtype = planned_dtype(config, wanted, files)
     plan = fixed_plan(config, split, files, draft_files, dtype)
     planned = load_planned(config, wanted, files, split, dtype, _draft_size(config, draft_files))
     try:

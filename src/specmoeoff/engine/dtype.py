@@ -26,16 +26,19 @@ PROBE_ELEMENTS = 1 << 19
 PROBE_TURNS = 8
 
 
-def choose_dtype(asked: Literal["auto"] | Dtype, target: ModelFiles) -> Dtype:
+def choose_dtype(asked: Literal["auto"] | Dtype, target: ModelFiles, on_gpu: bool = False) -> Dtype:
     """Return the dtype of a run.
 
     ``auto`` is float32 unless experts are stored as bfloat16, the CPU target has instructions for
-    it, and a product of the experts' inner size is at least LEAST_GAIN times as fast with it.
+    it, and a product of the experts' inner size is at least LEAST_GAIN times as fast with it. GPUs
+    are made for bfloat16, so on one it is enough that experts are stored so.
     """
     if asked != "auto":
         return asked
     name = target.model.expert_tensors(0, 0)["gate"].name
     stored = target.checkpoint.tensors[name].dtype
+    if stored == "BF16" and on_gpu:
+        return "bfloat16"
     if stored != "BF16" or not kernels.multiplies_bfloat16():
         return "float32"
     config = target.model.config

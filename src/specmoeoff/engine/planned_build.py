@@ -41,7 +41,7 @@ from specmoeoff.pipeline.schedules.shape import (
 )
 
 if TYPE_CHECKING:
-    from specmoeoff.config import EngineConfig
+    from specmoeoff.config import Dtype, EngineConfig
     from specmoeoff.kernels import Activations
     from specmoeoff.offload.tiers import Tier
     from specmoeoff.pipeline.schedules.shape import Draft
@@ -74,11 +74,10 @@ def open_planned(config: EngineConfig, wanted: PlannedConfig) -> Planned:
             needs torch or a GPU, and there is none.
     """
     files = ModelFiles.open(config.model)
-    if wanted.device == "cuda":
-        wanted = with_device_memory(wanted)
+    wanted = with_device_memory(wanted)
     kernels.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
     split = split_memory(config, wanted, files)
-    return load_planned(config, wanted, files, split, choose_dtype(config.dtype, files))
+    return load_planned(config, wanted, files, split, planned_dtype(config, wanted, files))
 
 
 def load_planned(
@@ -151,6 +150,11 @@ def load_planned(
         compute,
     )
     return Planned(forward, reader, split.tiers)
+
+
+def planned_dtype(config: EngineConfig, wanted: PlannedConfig, files: ModelFiles) -> Dtype:
+    """Return what the target's activations are rounded to; a GPU's products are not timed."""
+    return choose_dtype(config.dtype, files, on_gpu=wanted.device == "cuda")
 
 
 def decoding_shape(config: EngineConfig, wanted: PlannedConfig) -> StepShape:

@@ -1,9 +1,9 @@
 """Splits the memory of planned passes by tier before any weight is read: nothing is traded later.
 
 A plan counts on its slots from step to step, so slots and KV cache each have a share of their own.
-With a simulated device, weights that stay, drafts, experts in use and what a schedule ships there
-have to fit in the device's memory; the process, the KV cache and the experts behind the link in the
-host's.
+With a device, weights that stay, experts in use and what a schedule ships there have to fit in its
+memory; the process, the KV cache and the experts behind the link in the host's. Drafts run on the
+host's kernels, which are the simulated device's too: there they count as the device's.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from specmoeoff.engine.memory_plan import (
     ACTIVATION_SHARE,
     DISTRIBUTIONS,
     DRAFT_ROWS,
+    LOGIT_ROWS,
     MIN_KV_TOKENS,
     PAGE_TOKENS,
     STEP_TOKENS,
@@ -117,7 +118,7 @@ def split_memory(
     if wanted.device == "cpu":
         split = _split_cpu(config, wanted, files, draft)
     else:
-        split = _split_sim(config, wanted, files, draft, host_memory)
+        split = _split_device(config, wanted, files, draft, host_memory)
     for count in range(1, min(wanted.num_micro_batches, wanted.num_seqs) + 1):
         # A schedule that needs more slots says so now.
         build_plan(wanted.schedule, _largest(config, wanted, files, split, count))
@@ -140,7 +141,7 @@ def _split_cpu(
     return MemorySplit((memory,), CPU, num_slots, pages, tokens, plan.distribution_bytes)
 
 
-def _split_sim(
+def _split_device(
     config: EngineConfig,
     wanted: PlannedConfig,
     files: ModelFiles,
@@ -149,32 +150,37 @@ def _split_sim(
 ) -> MemorySplit:
     model = files.model.config
     device = Tier("device", wanted.device_memory)
+    is_gpu = wanted.device == "cuda"
     # What is loaded once is on the device, the process itself is not.
-    (_, runtime), *weights = weight_parts(config, files, draft)
-    for name, num_bytes in weights:
-        device.reserve(name, num_bytes)
+    (_, runtime), (name, dense), *draft_weights = weight_parts(config, files, draft)
+    device.reserve(name, dense)
     tokens = wanted.max_tokens or config.max_num_batched_tokens or _step_tokens(wanted, files)
     held = dict(step_parts(config, model, draft, tokens))
     total = files.total_experts * slot_bytes(files.expert_layouts())
     page = kv_page_bytes(model, config.kv_dtype)
     # A simulated device's memory is this machine's too.
-    free = default_memory() - (wanted.device_memory if wanted.device == "sim" else 0)
+    free = default_memory() - (0 if is_gpu else wanted.device_memory)
     host = Tier("host", config.memory or host_memory or max(free, 0))
     host.reserve("runtime", runtime)
     # What was computed on the device or is computed for it: less than all that a step holds.
-    host.reserve("activations", activation_bytes(model, tokens, logit_rows=0))
+    # A GPU's logits come to the host too, and a draft is passed through there.
+    beside = activation_bytes(model, tokens, logit_rows=LOGIT_ROWS if is_gpu else 0)
+    drafting = 0 if draft is None else activation_bytes(draft.model.config, DRAFT_ROWS)
+    host.reserve("activations", max(beside, drafting) if is_gpu else beside)
+    drafts = host if is_gpu else device
+    for name, num_bytes in draft_weights:
+        drafts.reserve(name, num_bytes)
     pages = _pages(config, wanted, files, host.free, page)
     host.reserve("KV cache", pages * page)
     split = MemorySplit((host, device), DEVICE, files.total_experts, pages, tokens)
     staged = _staged_kv(config, wanted, files, split)
     activations = activation_bytes(model, tokens) + staged
     if draft is not None:
-        activations = max(activations, activation_bytes(draft.model.config, DRAFT_ROWS))
         draft_page = kv_page_bytes(draft.model.config, draft_kv_dtype(config))
-        device.reserve("KV cache of the draft", pages * draft_page)
-        device.reserve(DISTRIBUTIONS, held[DISTRIBUTIONS])
-    device.reserve("activations", activations)
-    if wanted.device == "cuda":
+        drafts.reserve("KV cache of the draft", pages * draft_page)
+        drafts.reserve(DISTRIBUTIONS, held[DISTRIBUTIONS])
+    device.reserve("activations", activations if is_gpu else max(activations, drafting))
+    if is_gpu:
         device.reserve("workspace", workspace_bytes(wanted))
         if wanted.schedule in KEEPS_KV_ON_DEVICE:
             device.reserve("KV cache", pages * page)

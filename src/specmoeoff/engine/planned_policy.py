@@ -40,7 +40,7 @@ def planned_config(config: EngineConfig) -> PlannedConfig:
         )
     return PlannedConfig(
         schedule="specmoeoff" if config.schedule == "auto" else config.schedule,
-        device="sim" if config.device == "sim" else "cpu",
+        device="cpu" if config.device == "auto" else config.device,
         num_micro_batches=config.num_micro_batches,
         num_seqs=config.max_num_seqs,
         max_len=None,

@@ -63,6 +63,11 @@ class _Batch:
         for sequence in self.sequences:
             self.forward.kv.truncate(sequence, sequence.length - self.verified + 1)
 
+    def free(self) -> None:
+        """Give back the pages of all sequences."""
+        for sequence in self.sequences:
+            self.forward.kv.free(sequence)
+
     def spans(self) -> list[Span]:
         """Return what the next step's pass takes."""
         return self._spans(self._verified(), self.verified)
@@ -108,8 +113,12 @@ def record(
     max_tokens: int,
     seed: int = 0,
     verified: int = 1,
+    *,
+    tunes: bool = True,
 ) -> Recording:
     """Read prompts as fast as it goes, warm up, and keep the steps that follow.
+
+    The sequences give their pages back at the end, so that others can follow on the same model.
 
     Args:
         forward: The model; its KV cache must have room for ``longest`` tokens of each sequence.
@@ -119,6 +128,7 @@ def record(
         max_tokens: Tokens of the largest pass while prompts are read.
         seed: Of the random prompts.
         verified: Tokens of each sequence in a step: one, and drafts that are all rejected.
+        tunes: Whether our own schedule chooses anew; else it keeps what it runs with.
 
     Raises:
         DoesNotFitError: The KV cache is too small.
@@ -135,7 +145,7 @@ def record(
     machine = forward.machine
     machine.executor.settle()
     shape = forward.shape_of(batch.spans())
-    if machine.schedule == "specmoeoff":
+    if tunes and machine.schedule == "specmoeoff":
         costs = machine.costs or Costs.measured([step.timeline() for step in forward.steps])
         forward.tune(tuned(shape, costs))
     batch.step()
@@ -146,4 +156,5 @@ def record(
     forward.keeps_steps = False
     timelines = tuple(step.timeline() for step in forward.steps)
     shape = forward.shape_of(batch.spans())
+    batch.free()
     return Recording(shape, timelines, Costs.measured(timelines))

@@ -23,15 +23,18 @@ if TYPE_CHECKING:
 
 
 def with_device_memory(wanted: PlannedConfig) -> PlannedConfig:
-    """Return what is wanted with the bytes that a GPU has free, where none were said.
+    """Return what is wanted with the bytes that a GPU has free, where it is one and none were said.
 
     Raises:
         InvalidInputError: There is no torch, or no GPU that it can use, or torch's device is not
             a GPU and no memory was said.
     """
+    if wanted.device != "cuda":
+        return wanted
     if importlib.util.find_spec("torch") is None:
         raise InvalidInputError(
-            "device 'cuda' needs torch, which is not installed: pip install 'specmoeoff[cuda]'"
+            "device 'cuda' needs torch with a GPU: torch is not installed (pip install "
+            "'specmoeoff[cuda]')"
         )
     from specmoeoff.devices.torch_memory import open_device, usable_memory
 

@@ -22,7 +22,7 @@ from specmoeoff.errors import CheckpointError, InvalidInputError, StreamError
 from specmoeoff.offload import reader as reader_module
 from specmoeoff.offload.arena import Arena
 from specmoeoff.offload.checkpoint import Checkpoint
-from specmoeoff.offload.kv_cache import KvCache
+from specmoeoff.offload.kv_cache import KvCache, KvSequence
 from tiny import write_draft, write_tiny
 
 if TYPE_CHECKING:
@@ -317,6 +317,36 @@ def test_a_bug_while_tokens_are_committed(
     while engine.has_work:
         engine.step()
     assert [request.sequences[0].output_token_ids for request in requests] == expected
+
+
+def test_a_bug_just_when_a_sequence_has_ended(
+    llm: LLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has all of its tokens, so it must leave rather than go on past its end."""
+    engine = llm._engine
+    requests = [
+        engine.add_request(str(i), prompt["prompt_token_ids"], GREEDY)
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    ends = {
+        len(prompt["prompt_token_ids"]) + len(ids) - 1
+        for prompt, ids in zip(PROMPTS, expected, strict=True)
+    }
+    real, failed = KvCache.truncate, []
+
+    def truncate(cache: KvCache, sequence: KvSequence, length: int) -> None:
+        if length in ends and not failed:
+            failed.append(length)
+            raise RuntimeError("a bug")
+        real(cache, sequence, length)
+
+    monkeypatch.setattr(KvCache, "truncate", truncate)
+    with pytest.raises(RuntimeError, match="a bug"):
+        all(engine.step() for _ in range(1000))
+    while engine.has_work:
+        engine.step()
+    assert [request.sequences[0].output_token_ids for request in requests] == expected
+    assert all(request.is_finished for request in requests)
 
 
 @pytest.mark.parametrize("kernel", ["expert_ffn_many", "chunked_attention", "append_kv"])

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from specmoeoff.config import ModelConfig, Policy
     from specmoeoff.engine.memory_plan import MemoryPlan
     from specmoeoff.engine.target import Target
+    from specmoeoff.outputs import FinishReason
     from specmoeoff.sampling_params import SamplingParams
     from specmoeoff.speculative.budget import AdaptiveBudget, FixedBudget
     from specmoeoff.speculative.drafter import Drafter, Proposal
@@ -203,7 +204,8 @@ class Engine:
 
     def _extend(self, work: Scheduled, verification: Verification) -> Update:
         sequence, request = work.sequence, work.sequence.request
-        kept, sequence.finish_reason, sequence.stop_reason = truncate_at_stop(
+        stop_reason: int | str | None
+        kept, finish_reason, stop_reason = truncate_at_stop(
             verification.token_ids,
             request.params,
             self._parts.config.eos_token_ids,
@@ -212,11 +214,15 @@ class Engine:
         )
         text = ""
         if sequence.detokenizer is not None:
-            kept, text = _extend_text(sequence, sequence.detokenizer, kept)
+            kept, text, stop_string = _decode(sequence.detokenizer, kept, finish_reason)
+            if stop_string is not None:
+                finish_reason, stop_reason = "stop", stop_string
         if verification.logprobs is not None:
             sequence.logprobs.extend(verification.logprobs[: len(kept)])
         sequence.token_ids.extend(kept)
         sequence.text += text
+        # Only now: a sequence whose end is known has all of its tokens, see _forget_pass.
+        sequence.finish_reason, sequence.stop_reason = finish_reason, stop_reason
         self._stats.generated_tokens += len(kept)
         self._stats.decode_tokens += len(kept) if work.decodes else 0
         # What was rejected, and what came after a stop, is cut off by length alone.
@@ -237,11 +243,16 @@ class Engine:
             self._drafter.release(sequence.key)
 
     def _forget_pass(self, batch: list[Scheduled]) -> None:
-        """After a failure: whatever the pass wrote is dropped, and its sequences start over."""
+        """After a failure: whatever the pass wrote is dropped, and its sequences start over.
+
+        But one that has ended is only kept from leaving, and leaves now.
+        """
         for work in reversed(batch):
-            if work.sequence in self._scheduler.running:
-                # It may have failed between finding its end and leaving.
-                work.sequence.finish_reason = None
+            if work.sequence not in self._scheduler.running:
+                continue
+            if work.sequence.finish_reason is not None:
+                self._retire(work.sequence)
+            else:
                 self._scheduler.preempt(work.sequence)
 
     # -- figures --------------------------------------------------------------------------------
@@ -262,19 +273,22 @@ class Engine:
         self._target.close()
 
 
-def _extend_text(
-    sequence: Sequence, detokenizer: Detokenizer, kept: list[int]
-) -> tuple[list[int], str]:
-    """Decode new tokens; a stop string ends the sequence at the token that completes it."""
+def _decode(
+    detokenizer: Detokenizer, kept: list[int], finish_reason: FinishReason | None
+) -> tuple[list[int], str, str | None]:
+    """Decode new tokens; a stop string ends the sequence at the token that completes it.
+
+    Returns:
+        The tokens that stay, their text, and the stop string that was found.
+    """
     # The token that ends a sequence is returned, but it is no part of the text.
-    shown = kept[:-1] if sequence.finish_reason == "stop" else kept
+    shown = kept[:-1] if finish_reason == "stop" else kept
     text, consumed, stop_string = detokenizer.append(shown)
     if stop_string is not None:
-        sequence.finish_reason, sequence.stop_reason = "stop", stop_string
-        return kept[:consumed], text
-    if sequence.finish_reason is not None:
+        return kept[:consumed], text, stop_string
+    if finish_reason is not None:
         text += detokenizer.flush()
-    return kept, text
+    return kept, text, None
 
 
 def _check_prompt(token_ids: list[int], vocab_size: int, max_model_len: int) -> None:

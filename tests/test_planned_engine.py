@@ -8,6 +8,8 @@ import pytest
 
 from specmoeoff import LLM, SamplingParams, SpeculativeConfig
 from specmoeoff.engine import planned_build, planned_memory
+from specmoeoff.engine.memory_plan import kv_page_bytes
+from specmoeoff.engine.model_files import ModelFiles
 from specmoeoff.engine.planned_target import PlannedTarget
 from specmoeoff.errors import DoesNotFitError, InvalidInputError, OpError
 from specmoeoff.pipeline.executor import SerialExecutor
@@ -165,6 +167,66 @@ def test_a_draft_that_reads_the_targets_cache(
     with opened(tiny_mixtral, schedule=schedule, **DEVICES[device], **options) as llm:
         assert answers(llm) == wanted
         assert llm.stats().accepted_tokens > 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_draft_that_reads_the_targets_cache_takes_no_memory_for_its_own(
+    tiny_mixtral: Path, tmp_path: Path, device: str
+) -> None:
+    draft = write_draft(tiny_mixtral, tmp_path / "draft", same_attention=True)
+    taken, pages = {}, set()
+    for share_kv in (True, False):
+        with opened(
+            tiny_mixtral,
+            schedule="specmoeoff",
+            max_model_len=96,
+            speculative_config=SpeculativeConfig(model=str(draft), share_kv=share_kv),
+            **DEVICES[device],
+        ) as llm:
+            reservations = llm.policy.reservations
+            taken[share_kv] = sum(size for name, size in reservations if "KV cache" in name)
+            pages.add(llm._engine._target.kv.max_pages)
+    (num_pages,) = pages
+    config = ModelFiles.open(str(draft)).model.config
+    assert taken[False] - taken[True] == num_pages * kv_page_bytes(config, "int8")
+
+
+def test_auto_leaves_out_a_draft_that_has_no_room(tiny_mixtral: Path, tiny_draft: Path) -> None:
+    options = {"schedule": "specmoeoff", "device": "sim", "max_model_len": 96}
+    auto = SpeculativeConfig(model=str(tiny_draft), adaptive=True)
+    with opened(tiny_mixtral, device_memory=1 << 22, speculative_config=auto, **options) as llm:
+        assert llm.policy.left_out == ""
+        assert "device: draft weights" in dict(llm.policy.reservations)
+    with opened(tiny_mixtral, device_memory=1 << 22, **options) as llm:
+        wanted = answers(llm)
+        parts = dict(llm.policy.reservations)
+        slot = llm.policy.expert_slot_bytes
+    others = ("device: target dense weights", "device: activations")
+    tight = sum(parts[name] for name in others) + 2 * slot
+    with opened(tiny_mixtral, device_memory=tight, speculative_config=auto, **options) as llm:
+        assert llm.policy.left_out == "the memory has no room for it"
+        assert "device: draft weights" not in dict(llm.policy.reservations)
+        assert answers(llm) == wanted
+
+
+def test_auto_leaves_out_a_draft_whose_slots_are_worth_more(
+    tiny_mixtral: Path, tiny_draft: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of ten experts one is streamed without the draft, and seven are with it: no k gains that."""
+    least = {"with": 3}
+
+    def slots(files: Any, tier: Any) -> int:
+        number = least["with"] if "draft weights" in tier.as_dict() else 9
+        tier.reserve("expert slots", number * planned_memory.slot_bytes(files.expert_layouts()))
+        return number
+
+    monkeypatch.setattr(planned_memory, "_reserve_slots", slots)
+    auto = SpeculativeConfig(model=str(tiny_draft), adaptive=True)
+    for number, reason in ((3, "the 6 expert slots that it would take are worth more"), (8, "")):
+        least["with"] = number
+        with opened(tiny_mixtral, speculative_config=auto, **DEVICES["sim"]) as llm:
+            assert llm.policy.left_out == reason
+            assert llm.policy.num_expert_slots == (9 if reason else 8)
 
 
 def test_rounded_activations(tiny_mixtral: Path) -> None:

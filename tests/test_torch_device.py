@@ -35,6 +35,7 @@ from specmoeoff.models.registry import build_model
 from specmoeoff.offload.kv_cache import KvCache, KvSequence
 from specmoeoff.offload.reader import Reader
 from specmoeoff.pipeline.schedules import SCHEDULES
+from specmoeoff.speculative.draft_context import TargetContexts
 from tiny import write_draft, write_tiny
 
 if TYPE_CHECKING:
@@ -195,9 +196,12 @@ def drafting(name: str, draft: Path) -> SpeculativeConfig | None:
     return SpeculativeConfig(model=str(draft), num_speculative_tokens=3)
 
 
-@pytest.mark.parametrize("drafts", ["off", "ngram", "draft"])
+@pytest.mark.parametrize(
+    ("drafts", "schedule"),
+    [("off", "auto"), ("ngram", "auto"), ("draft", "auto"), ("draft", "zero_inference")],
+)
 def test_an_engine_says_what_the_default_one_says(
-    tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch, drafts: str
+    tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch, drafts: str, schedule: str
 ) -> None:
     """More prompts than run at once, greedy, so that steps come in many shapes."""
     on_torch(monkeypatch, where)
@@ -216,9 +220,14 @@ def test_an_engine_says_what_the_default_one_says(
         memory="4GiB",
         device="cuda",
         device_memory=memory,
+        schedule=schedule,
         speculative_config=speculation,
         **limits,  # type: ignore[arg-type]
     ) as llm:
+        if drafts == "draft":
+            # The host's KV cache is read where it is complete.
+            shares = isinstance(llm._engine._drafter._contexts, TargetContexts)
+            assert shares == (schedule != "zero_inference")
         found = [output.outputs[0].token_ids for output in llm.generate(prompts, greedy)]
         stats = llm.stats()
     assert found == expected

@@ -20,8 +20,8 @@ from specmoeoff.engine.memory_plan import (
     plan_models,
 )
 from specmoeoff.engine.planned_build import load_planned, planned_dtype
-from specmoeoff.engine.planned_memory import split_memory
-from specmoeoff.engine.planned_policy import fixed_plan, planned_config
+from specmoeoff.engine.planned_memory import keeps_kv_on_host, split_memory
+from specmoeoff.engine.planned_policy import fixed_plan, planned_config, split_models
 from specmoeoff.engine.planned_target import PlannedTarget
 from specmoeoff.engine.reactive_target import ReactiveTarget
 from specmoeoff.engine.torch_build import with_device_memory
@@ -113,12 +113,17 @@ def _planned_engine(
     config: EngineConfig, files: ModelFiles, draft_files: ModelFiles | None
 ) -> Engine:
     wanted = with_device_memory(planned_config(config))
-    split = split_memory(config, wanted, files, draft_files)
+    split, draft_files, left_out = split_models(config, wanted, files, draft_files)
     dtype = planned_dtype(config, wanted, files)
-    plan = fixed_plan(config, split, files, draft_files, dtype)
-    planned = load_planned(config, wanted, files, split, dtype, _draft_size(config, draft_files))
+    weights = load_dense(files.model, Loader(files.checkpoint))
+    draft = _load_draft(config, draft_files, files, weights, keeps_kv_on_host(wanted))
+    if draft is not None and draft.target_layers is not None:
+        # Known only now that both are loaded; what it does not take is the target's.
+        split = split_memory(config, wanted, files, draft_files, shares_kv=True)
+    plan = fixed_plan(config, split, files, draft_files, dtype, left_out)
+    size = _draft_size(config, draft_files)
+    planned = load_planned(config, wanted, files, split, weights, dtype, size)
     try:
-        draft = _load_draft(config, draft_files, files, planned.forward.weights)
         drafting = _drafting(config, draft, plan, planned.forward.kv)
     except BaseException:
         planned.close()
@@ -203,7 +208,11 @@ class _Draft:
 
 
 def _load_draft(
-    config: EngineConfig, files: ModelFiles | None, target: ModelFiles, weights: ModelWeights
+    config: EngineConfig,
+    files: ModelFiles | None,
+    target: ModelFiles,
+    weights: ModelWeights,
+    kv_is_on_host: bool = True,
 ) -> _Draft | None:
     speculative = config.speculative
     if files is None or speculative is None:
@@ -211,7 +220,7 @@ def _load_draft(
     loader = Loader(files.checkpoint, weights, speculative.draft_weight_dtype == "int8")
     own, model = load_whole(files.model, loader), files.model.config
     layers = None
-    if speculative.share_kv:
+    if speculative.share_kv and kv_is_on_host:
         layers = shared_layers(model, own, target.model.config, weights)
     return _Draft(model, own, layers)
 

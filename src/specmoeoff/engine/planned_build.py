@@ -77,7 +77,9 @@ def open_planned(config: EngineConfig, wanted: PlannedConfig) -> Planned:
     wanted = with_device_memory(wanted)
     kernels.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
     split = split_memory(config, wanted, files)
-    return load_planned(config, wanted, files, split, planned_dtype(config, wanted, files))
+    weights = load_dense(files.model, Loader(files.checkpoint))
+    dtype = planned_dtype(config, wanted, files)
+    return load_planned(config, wanted, files, split, weights, dtype)
 
 
 def load_planned(
@@ -85,26 +87,26 @@ def load_planned(
     wanted: PlannedConfig,
     files: ModelFiles,
     split: MemorySplit,
+    weights: ModelWeights,
     activations: Activations = "float32",
     draft: Draft | None = None,
 ) -> Planned:
-    """Load what stays and get the lanes ready.
+    """Load the experts that stay and get the lanes ready.
 
     Args:
         config: Its ``kv_dtype`` is the cache's.
         wanted: The schedule and what runs it.
         files: The model.
         split: The memory.
+        weights: The model's dense weights.
         activations: What products round their activations to.
         draft: What a drafter weighs, for prices of its ops.
 
     Raises:
-        CheckpointError: A weight is not finite.
         StreamError: A weight could not be read.
     """
     model = files.model.config
     target = build_model(model, activations)
-    weights = load_dense(files.model, Loader(files.checkpoint))
     compute, slots = None, None
     if wanted.device == "cuda":
         layouts = files.expert_layouts()

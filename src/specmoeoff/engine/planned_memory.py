@@ -91,6 +91,8 @@ class MemorySplit:
     """Of the KV cache, and of a draft's."""
     max_tokens: int
     """Of the largest pass."""
+    draft_page_bytes: int = 0
+    """Of a page of a KV cache that a draft has of its own."""
     distribution_bytes: int = 0
     """What the distributions that drafts were drawn from may take until they are verified."""
 
@@ -101,6 +103,8 @@ def split_memory(
     files: ModelFiles,
     draft: ModelFiles | None = None,
     host_memory: int | None = None,
+    *,
+    shares_kv: bool = False,
 ) -> MemorySplit:
     """Return the split for a configuration, from file headers alone.
 
@@ -110,35 +114,49 @@ def split_memory(
         files: The target.
         draft: The draft model.
         host_memory: The host's memory where ``config`` does not say.
+        shares_kv: Whether the draft reads the target's KV cache and has none of its own.
 
     Raises:
         DoesNotFitError: A tier is too small.
         InvalidInputError: The schedule is unknown or needs more expert slots at once.
     """
+    draft_page = 0
+    if draft is not None and not shares_kv:
+        draft_page = kv_page_bytes(draft.model.config, draft_kv_dtype(config))
     if wanted.device == "cpu":
-        split = _split_cpu(config, wanted, files, draft)
+        split = _split_cpu(config, wanted, files, draft, draft_page)
     else:
-        split = _split_device(config, wanted, files, draft, host_memory)
+        split = _split_device(config, wanted, files, draft, draft_page, host_memory)
     for count in range(1, min(wanted.num_micro_batches, wanted.num_seqs) + 1):
         # A schedule that needs more slots says so now.
         build_plan(wanted.schedule, _largest(config, wanted, files, split, count))
     return split
 
 
+def keeps_kv_on_host(wanted: PlannedConfig) -> bool:
+    """Whether the host's KV cache has every key and value, for a draft to read."""
+    return wanted.device != "cuda" or wanted.schedule not in KEEPS_KV_ON_DEVICE
+
+
 def _split_cpu(
-    config: EngineConfig, wanted: PlannedConfig, files: ModelFiles, draft: ModelFiles | None
+    config: EngineConfig,
+    wanted: PlannedConfig,
+    files: ModelFiles,
+    draft: ModelFiles | None,
+    draft_page: int,
 ) -> MemorySplit:
     plan = make_plan(config, files, draft)
     memory = Tier("main", plan.policy.memory)
     *parts, (_, _elastic) = plan.policy.reservations
     for name, num_bytes in parts:
         memory.reserve(name, num_bytes)
-    page = plan.page_bytes + plan.draft_page_bytes
+    page = plan.page_bytes + draft_page
     pages = _pages(config, wanted, files, memory.free, page)
     memory.reserve("KV cache", pages * page)
     num_slots = _reserve_slots(files, memory)
     tokens = plan.policy.max_num_batched_tokens
-    return MemorySplit((memory,), CPU, num_slots, pages, tokens, plan.distribution_bytes)
+    distributions = plan.distribution_bytes
+    return MemorySplit((memory,), CPU, num_slots, pages, tokens, draft_page, distributions)
 
 
 def _split_device(
@@ -146,6 +164,7 @@ def _split_device(
     wanted: PlannedConfig,
     files: ModelFiles,
     draft: ModelFiles | None,
+    draft_page: int,
     host_memory: int | None,
 ) -> MemorySplit:
     model = files.model.config
@@ -176,13 +195,13 @@ def _split_device(
     staged = _staged_kv(config, wanted, files, split)
     activations = activation_bytes(model, tokens) + staged
     if draft is not None:
-        draft_page = kv_page_bytes(draft.model.config, draft_kv_dtype(config))
-        drafts.reserve("KV cache of the draft", pages * draft_page)
+        if draft_page:
+            drafts.reserve("KV cache of the draft", pages * draft_page)
         drafts.reserve(DISTRIBUTIONS, held[DISTRIBUTIONS])
     device.reserve("activations", activations if is_gpu else max(activations, drafting))
     if is_gpu:
         device.reserve("workspace", workspace_bytes(wanted))
-        if wanted.schedule in KEEPS_KV_ON_DEVICE:
+        if not keeps_kv_on_host(wanted):
             device.reserve("KV cache", pages * page)
     num_slots = _reserve_slots(files, device)
     placement = DEVICE if host.free >= total else DEVICE_AND_DISK
@@ -191,7 +210,9 @@ def _split_device(
     else:
         host.reserve("experts on their way", HOST_SLOTS * slot_bytes(files.expert_layouts()))
     distributions = held.get(DISTRIBUTIONS, 0)
-    return MemorySplit((host, device), placement, num_slots, pages, tokens, distributions)
+    return MemorySplit(
+        (host, device), placement, num_slots, pages, tokens, draft_page, distributions
+    )
 
 
 def _pages(

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from specmoeoff.config import Policy
+from specmoeoff.engine.draft_worth import Streaming, can_pay
 from specmoeoff.engine.memory_plan import (
     PAGE_TOKENS,
     MemoryPlan,
-    draft_kv_dtype,
     kv_page_bytes,
     longest_sequence,
 )
-from specmoeoff.engine.planned_memory import MemorySplit, PlannedConfig
-from specmoeoff.errors import InvalidInputError
+from specmoeoff.engine.planned_memory import MemorySplit, PlannedConfig, split_memory
+from specmoeoff.errors import DoesNotFitError, InvalidInputError
 from specmoeoff.offload.planned_experts import slot_bytes
 from specmoeoff.pipeline.schedules import SCHEDULES
 
@@ -49,12 +50,43 @@ def planned_config(config: EngineConfig) -> PlannedConfig:
     )
 
 
+def split_models(
+    config: EngineConfig, wanted: PlannedConfig, files: ModelFiles, draft: ModelFiles | None
+) -> tuple[MemorySplit, ModelFiles | None, str]:
+    """Split the memory, and leave out a draft that may be left out and could not pay.
+
+    A plan streams every expert that does not stay, however many tokens there are, so all that a
+    draft costs on the link is the slots that it takes.
+
+    Returns:
+        The split, the draft to load, and why the one that was asked for is not.
+
+    Raises:
+        DoesNotFitError: A tier is too small, without a draft where that may be left out.
+        InvalidInputError: The schedule needs more expert slots at once.
+    """
+    if draft is None or config.speculative is None or not config.speculative.adaptive:
+        return split_memory(config, wanted, files, draft), draft, ""
+    without = split_memory(replace(config, speculative=None), wanted, files)
+    try:
+        split = split_memory(config, wanted, files, draft)
+    except (DoesNotFitError, InvalidInputError):
+        return without, None, "the memory has no room for it"
+    experts = files.model.num_ffn_experts
+    streaming = Streaming(experts, experts, files.total_experts, without.num_slots, split.num_slots)
+    if can_pay(streaming, config.max_num_seqs, config.speculative.num_speculative_tokens):
+        return split, draft, ""
+    taken = without.num_slots - split.num_slots
+    return without, None, f"the {taken} expert slots that it would take are worth more"
+
+
 def fixed_plan(
     config: EngineConfig,
     split: MemorySplit,
     files: ModelFiles,
     draft: ModelFiles | None,
     dtype: Dtype,
+    left_out: str = "",
 ) -> MemoryPlan:
     """Return an engine's plan for a split of which nothing is lent or traded."""
     longest = longest_sequence(config, files.model.config)
@@ -77,10 +109,11 @@ def fixed_plan(
             max_num_batched_tokens=split.max_tokens,
             max_model_len=min(longest, split.num_pages * PAGE_TOKENS),
             dtype=dtype,
+            left_out=left_out,
         ),
         elastic_bytes=0,
         page_bytes=kv_page_bytes(model, config.kv_dtype),
-        draft_page_bytes=sum(kv_page_bytes(d, draft_kv_dtype(config)) for d in drafts),
+        draft_page_bytes=split.draft_page_bytes,
         kv_pages=split.num_pages,
         distribution_bytes=split.distribution_bytes,
         passes=(model, *drafts),

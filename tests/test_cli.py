@@ -572,7 +572,7 @@ def test_ctrl_c_keeps_what_is_finished_and_resume_goes_on(prompts: Path, tmp_pat
     output = tmp_path / "out.jsonl"
     partial = tmp_path / "out.jsonl.partial"
     arguments = ("generate", "M", "--prompts", str(prompts), "-o", str(output), "--quiet")
-    process = start(tmp_path, *arguments, delay_s=0.01)
+    process = start(tmp_path, *arguments, delay_s=0.04)
     while not (partial.exists() and partial.read_bytes().count(b"\n") > 20):
         assert process.poll() is None
         time.sleep(0.01)

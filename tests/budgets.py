@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from specmoeoff.config import EngineConfig, SpeculativeConfig
 from specmoeoff.engine import memory_plan
+from specmoeoff.engine.model_files import ModelFiles
+from specmoeoff.engine.planned_memory import PlannedConfig, split_memory
 from specmoeoff.errors import DoesNotFitError
+from specmoeoff.offload.planned_experts import slot_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
+
+    from specmoeoff.offload.tiers import Tier
 
 MIB = 1 << 20
 
@@ -27,6 +34,23 @@ def smallest_budget(
     found = re.search(r"smallest budget that works is (\d+)MiB", str(refusal.value))
     assert found is not None
     return int(found[1]) * MIB
+
+
+def less_than_all_experts(config: EngineConfig, wanted: PlannedConfig) -> int:
+    """Return the bytes of a host's memory that is too small for all experts by one."""
+    files = ModelFiles.open(config.model)
+    host, _ = split_memory(replace(config, memory=None), wanted, files).tiers
+    return host.reserved - 1
+
+
+def few_slots(number: int) -> Callable[[ModelFiles, Tier], int]:
+    """Return what gives a tier so many expert slots, whatever is left (``_reserve_slots``)."""
+
+    def reserve(files: ModelFiles, tier: Tier) -> int:
+        tier.reserve("expert slots", number * slot_bytes(files.expert_layouts()))
+        return number
+
+    return reserve
 
 
 def forget_this_process(monkeypatch: pytest.MonkeyPatch) -> None:

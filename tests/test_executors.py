@@ -287,8 +287,10 @@ def test_an_op_that_will_not_stop_is_left_behind_and_named(
 
     with pytest.raises(OpError, match="BadBlockError"):
         executor.run(plan, perform)
-    with pytest.raises(OpError, match=r"op 0 \(read\) of an earlier step .* still runs"):
-        executor.run(plan, perform)
+    for call in (lambda: executor.run(plan, perform), executor.settle):
+        # Whoever moves buffers settles first, and must not take this for settled.
+        with pytest.raises(OpError, match=r"op 0 \(read\) of an earlier step .* still runs"):
+            call()
     release.set()
     monkeypatch.setattr("specmoeoff.pipeline.overlapped.GRACE_S", 30.0)
     outcome(executor, [plan], Ledger())

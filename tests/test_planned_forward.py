@@ -18,8 +18,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from budgets import forget_this_process, smallest_budget
+from budgets import MIB, few_slots, forget_this_process, less_than_all_experts, smallest_budget
 from specmoeoff.config import EngineConfig
+from specmoeoff.engine import planned_memory
 from specmoeoff.engine.forward import Forward, ResidentExperts, Span
 from specmoeoff.engine.micro_batch import cut
 from specmoeoff.engine.model_files import ModelFiles
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from specmoeoff.engine.planned_memory import DeviceKind
     from specmoeoff.models.base import Model
     from specmoeoff.pipeline.plan import Op
 
@@ -355,14 +357,32 @@ def test_a_disk_that_is_not_well(
 
 
 @pytest.mark.parametrize("kind", ["serial", "overlapped"])
+@pytest.mark.parametrize("device", ["cpu", "sim"])
+@pytest.mark.parametrize("where", ["in an op", "before the step"])
 def test_closing_while_a_read_hangs(
-    tiny_mixtral: Path, monkeypatch: pytest.MonkeyPatch, wanted: PlannedConfig, kind: str
+    tiny_mixtral: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    wanted: PlannedConfig,
+    where: str,
+    device: DeviceKind,
+    kind: str,
 ) -> None:
-    """The step ends with the reason, and no lane is left."""
-    wanted = replace(wanted, overlapped=kind == "overlapped")
-    config = EngineConfig(model=str(tiny_mixtral), memory=smallest_budget(tiny_mixtral))
+    """The step ends with the reason, and no lane is left.
+
+    Of ten experts six slots hold those that pass, or ten slots those that all stay.
+    """
+    # Before anything is planned: what this process holds must not become room for experts.
     forget_this_process(monkeypatch)
+    num_slots = 6 if where == "in an op" else 10
+    monkeypatch.setattr(planned_memory, "_reserve_slots", few_slots(num_slots))
+    wanted = replace(wanted, overlapped=kind == "overlapped", device=device)
+    memory = smallest_budget(tiny_mixtral) + MIB
+    config = EngineConfig(model=str(tiny_mixtral), memory=memory)
+    if device == "sim":
+        wanted = replace(wanted, device_memory=2 << 20)
+        config = replace(config, memory=less_than_all_experts(config, wanted))
     planned = open_planned(config, wanted)
+    assert "disk" in planned.forward.machine.placement.weights
     disk = Disk(monkeypatch, "hangs")
     told: list[str] = []
 
@@ -378,6 +398,7 @@ def test_closing_while_a_read_hangs(
     runner.join(30)
     assert len(told) == 1
     assert "closed" in told[0]
+    assert ("step" in told[0]) == (where == "in an op")
     assert not [t.name for t in threading.enumerate() if t.name.startswith("lane")]
     disk.gate.set()
 

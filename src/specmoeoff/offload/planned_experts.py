@@ -99,6 +99,10 @@ class PlannedExperts:
     def keep(self, experts: Iterable[Expert]) -> None:
         """Make these the experts that stay, in the slots before the ring's.
 
+        Where they are others than before, the ring moves: nothing may be on its way there, and
+        nothing in it counts any more. Schedules choose what stays by the slots alone, so between
+        two steps this is so only after ``PlannedForward.tune``, which settles the lanes.
+
         Raises:
             StreamError: One could not be read.
         """

@@ -39,10 +39,10 @@ class Executor(Protocol):
         """
 
     def settle(self) -> None:
-        """Wait for what was done ahead.
+        """Wait for what was done ahead; then no op of any step is running.
 
         Raises:
-            OpError: One of those ops failed.
+            OpError: One of those ops failed, or one of an earlier step still runs.
         """
 
     def close(self) -> None:

@@ -126,9 +126,10 @@ class OverlappedExecutor:
         """Wait for what was done ahead.
 
         Raises:
-            OpError: One of those ops failed.
+            OpError: One of those ops failed, or one of an earlier step still runs.
         """
         with self._lock:
+            self._check_left_behind()
             while self._unfinished and self._error is None:
                 self._changed.wait()
             if self._error is not None:

@@ -28,6 +28,7 @@ STATS: dict[str, Any] = {
     "link_bandwidth": 2e9,
     "link_utilisation": 0.9,
     "peak_memory_bytes": 2**30,
+    "tiers": {"main": {"budget": 2**31, "planned": 2**31, "reserved": 2**31, "peak": 2**30}},
     "lane_busy_s": {"disk": 1.5},
 }
 

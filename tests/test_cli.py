@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from fakes import STATS, FakeLLM
-from specmoeoff.cli import app, demo, demo_report, doctor, fresh
+from specmoeoff.cli import app, demo, demo_report, doctor, figures, fresh
 from specmoeoff.cli.chat import Conversation
 from specmoeoff.cli.exits import guarded
 from specmoeoff.cli.figures import duration, rates
@@ -379,6 +379,32 @@ def test_doctor_plans_a_model(
     assert "activations in products │ bfloat16" in out
     assert "experts │ 10 of 1.00 MiB" in out
     assert "streamed per full pass │ at least 6.00 MiB" in out
+
+
+def test_doctor_plans_each_tier(
+    tiny_mixtral: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("specmoeoff.engine.memory_plan.resident_bytes", lambda: 0)
+    options = ("-m", "1GiB", "--device", "sim", "--device-memory", "30MB", "--micro-batches", "3")
+    assert call("doctor", str(tiny_mixtral), *options, "--json") == 0
+    model = json.loads(capsys.readouterr().out)["model"]
+    parts = dict(model["policy"]["reservations"])
+    assert {"host: runtime", "host: experts", "device: expert slots"} <= parts.keys()
+    assert sum(parts.values()) == (1 << 30) + 30_000_000 == model["policy"]["memory"]
+    assert model["disk_bandwidth"] is None, "all experts are in the host's memory"
+    assert call("doctor", str(tiny_mixtral), "-m", "1GiB", "--schedule", "flexgen") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "KV cache │" in out
+    assert "held where they are used │ 10 │" in out
+    assert "disk, measured now" in out
+
+
+def test_totals_name_the_tiers_where_there_are_several() -> None:
+    assert figures.totals(STATS).endswith("peak memory 1.00 GiB")
+    use = {"budget": 2**30, "planned": 2**29, "reserved": 2**29, "peak": 2**28}
+    said = figures.totals({**STATS, "tiers": {"host": use, "device": use}})
+    assert said.endswith("peak memory 1.00 GiB (host 256 MiB, device 256 MiB)")
+    assert figures.held(use) == "256 MiB at most, 512 MiB planned of 1.00 GiB"
 
 
 def test_doctor_says_what_does_not_fit(

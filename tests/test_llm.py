@@ -214,6 +214,14 @@ def test_metrics_and_stats(llm: LLM) -> None:
     assert sum(output.metrics.num_drafted_tokens for output in outputs) == drafted > 0
     assert sum(output.metrics.num_accepted_tokens for output in outputs) == accepted > 0
     assert after["peak_memory_bytes"] > 0
+    assert after["kv_pages"] == 0
+    budget = after["tiers"]["main"]["budget"]
+    assert after["tiers"]["main"] == {
+        "budget": budget,
+        "planned": budget,
+        "reserved": budget,
+        "peak": after["peak_memory_bytes"],
+    }
     assert 0 <= after["link_utilisation"] <= 1
     for output in outputs:
         metrics = output.metrics

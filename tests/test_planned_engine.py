@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from budgets import few_slots
 from specmoeoff import LLM, SamplingParams, SpeculativeConfig
 from specmoeoff.engine import planned_build, planned_memory
 from specmoeoff.engine.memory_plan import kv_page_bytes
@@ -29,6 +30,8 @@ DEVICES: dict[str, dict[str, Any]] = {
     "sim": {"device": "sim", "device_memory": 1 << 22},
 }
 EXECUTORS = {"serial": SerialExecutor, "overlapped": OverlappedExecutor}
+SIX_SLOTS = few_slots(6)
+"""For ten experts, so that some are streamed."""
 SPECULATION = ("off", "ngram", "draft")
 """Nothing, the sequence's own past, a model with a KV cache of its own."""
 
@@ -92,7 +95,7 @@ def test_every_schedule_gives_the_same_answers(
     drafts: str,
 ) -> None:
     monkeypatch.setattr(planned_build, "OverlappedExecutor", EXECUTORS[executor])
-    monkeypatch.setattr(planned_memory, "_reserve_slots", few_slots)
+    monkeypatch.setattr(planned_memory, "_reserve_slots", SIX_SLOTS)
     with opened(
         tiny_mixtral,
         schedule=schedule,
@@ -102,12 +105,6 @@ def test_every_schedule_gives_the_same_answers(
         assert answers(llm) == expected[drafts]
         assert (llm.stats().drafted_tokens > 0) == (drafts != "off")
         assert llm.stats().fetched_experts > 0
-
-
-def few_slots(files: Any, tier: Any) -> int:
-    """Six slots for ten experts, so that some are streamed."""
-    tier.reserve("expert slots", 6 * planned_memory.slot_bytes(files.expert_layouts()))
-    return 6
 
 
 @pytest.mark.parametrize("num_micro_batches", [1, 3, 8])
@@ -276,7 +273,7 @@ def test_drafts_are_ops_of_the_step(tiny_mixtral: Path, tiny_draft: Path, drafts
 def test_figures_of_planned_steps(
     tiny_mixtral: Path, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
-    monkeypatch.setattr(planned_memory, "_reserve_slots", few_slots)
+    monkeypatch.setattr(planned_memory, "_reserve_slots", SIX_SLOTS)
     with opened(tiny_mixtral, schedule="specmoeoff", **DEVICES[device]) as llm:
         steps = timelines(llm, 6)
         stats = llm.stats()
@@ -292,6 +289,12 @@ def test_figures_of_planned_steps(
     assert stats.wanted_experts > 0
     assert stats.expert_slots == 6
     assert stats.stalled_s <= stats.step_s
+    assert list(stats.tiers) == {"cpu": ["main"], "sim": ["host", "device"]}[device]
+    assert sum(use.peak for use in stats.tiers.values()) == stats.peak_memory_bytes
+    for use in stats.tiers.values():
+        assert 0 < use.reserved <= use.planned <= use.budget
+    if device == "sim":
+        assert stats.tiers["device"].peak <= stats.tiers["device"].planned
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -496,7 +496,8 @@ def test_a_model_is_opened_for_this_machine(tiny_mixtral: Path, wanted: PlannedC
     planned = open_planned(EngineConfig(model=str(tiny_mixtral), memory=1 << 30), wanted)
     assert len(Conversation(planned.forward).steps(2)) == 2 * len(PROMPTS)
     (memory,) = planned.tiers
-    assert memory.peak <= memory.budget == 1 << 30
+    assert memory.planned <= memory.budget == 1 << 30
+    assert planned.uses(123) == {"main": memory.use(123)}
     planned.close()
 
 
@@ -522,7 +523,10 @@ def test_a_model_is_opened_for_a_device(
     assert lanes_used(planned) == {"h2d", "device", "cpu", "d2h"}
     assert host.as_dict().keys() == {"runtime", "activations", "KV cache", "experts"}
     assert device.as_dict().keys() == {"target dense weights", "activations", "expert slots"}
-    assert device.peak <= device.budget
+    # A step takes less than what is put aside for the largest one.
+    assert 0 < device.reserved <= device.peak < device.planned <= device.budget
+    uses = planned.uses(10 << 20)
+    assert uses == {"host": host.use((10 << 20) - device.peak), "device": device.use(device.peak)}
     planned.close()
     smaller = EngineConfig(model=str(tiny_mixtral), memory=host.reserved - 1)
     planned = open_planned(smaller, replace(wanted, device_memory=half))

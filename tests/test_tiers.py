@@ -3,17 +3,27 @@ from __future__ import annotations
 import pytest
 
 from specmoeoff.errors import DoesNotFitError
-from specmoeoff.offload.tiers import Tier
+from specmoeoff.offload.tiers import Tier, TierUse
 
 
-def test_a_tier_keeps_names_and_its_peak() -> None:
+def test_a_tier_keeps_names_its_plan_and_its_peak() -> None:
     tier = Tier("device", 100)
     tier.reserve("weights", 60)
     tier.reserve("activations", 40)
-    assert (tier.free, tier.reserved, tier.peak) == (0, 100, 100)
-    tier.reserve("activations", 10)
-    assert (tier.free, tier.reserved, tier.peak) == (30, 70, 100)
+    assert (tier.free, tier.reserved, tier.planned, tier.peak) == (0, 100, 100, 0)
+    for taken, peak in ((20, 80), (35, 95), (10, 95)):
+        tier.take("activations", taken)
+        assert (tier.reserved, tier.planned, tier.peak) == (60 + taken, 100, peak)
     assert tier.as_dict() == {"weights": 60, "activations": 10}
+    assert tier.use(95) == TierUse(budget=100, planned=100, reserved=70, peak=95)
+
+
+def test_what_was_not_there_to_take_is_no_peak() -> None:
+    tier = Tier("device", 100)
+    tier.reserve("weights", 60)
+    with pytest.raises(DoesNotFitError, match="too small for weights 60 B"):
+        tier.take("activations", 41)
+    assert (tier.reserved, tier.peak) == (60, 0)
 
 
 def test_what_does_not_fit_is_refused_with_the_arithmetic() -> None:

@@ -232,6 +232,7 @@ def test_an_engine_says_what_the_default_one_says(
         stats = llm.stats()
     assert found == expected
     assert stats.fetched_experts > 0, "some experts are streamed"
+    assert 0 < stats.tiers["device"].peak <= stats.tiers["device"].budget
     assert (stats.drafted_tokens > 0) == (drafts != "off")
     assert stats.accepted_tokens > 0 or drafts != "draft"
 

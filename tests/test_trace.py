@@ -57,6 +57,9 @@ def test_a_trace_of_this_machine(
     said = capsys.readouterr().out
     assert "per step, measured on this machine" in said
     assert "simulated at the speeds measured here" in said
+    held = content["otherData"]["main memory"]
+    assert held.endswith(" planned of 1.00 GiB")
+    assert f"main memory: {held}" in said
     assert f"wrote {tmp_path}/step.json (open it at ui.perfetto.dev)" in said
 
 
@@ -72,6 +75,10 @@ def test_a_trace_of_a_simulated_device(
     assert all(0 < share <= 1 for share in figures["lane_shares"].values())
     assert figures["predicted_step_s"] > 0
     assert sum(figures["critical_path_s"].values()) > 0
+    assert figures["tiers"].keys() == {"host", "device"}
+    device = figures["tiers"]["device"]
+    assert 0 < device["peak"] <= device["planned"] <= device["budget"] == 1_650_000
+    assert figures["tiers"]["host"]["peak"] > 0
 
 
 def test_a_trace_that_is_only_priced(
@@ -85,6 +92,7 @@ def test_a_trace_that_is_only_priced(
     figures = json.loads(capsys.readouterr().out)
     assert len(figures["step_s"]) == 3
     assert figures["predicted_step_s"] == figures["step_s"][-1]
+    assert figures["tiers"] == {}, "nothing was run"
     slower = ("--simulate", "--host", "4090d", "--json", "--scale", "0.001")
     traced(tmp_path, str(tiny_mixtral), *SIM, *slower)
     assert json.loads(capsys.readouterr().out)["step_s"][0] > figures["step_s"][0]

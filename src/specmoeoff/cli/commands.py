@@ -270,6 +270,10 @@ def doctor(
     max_model_len: MaxLen = None,
     dtype: Dtype = None,
     kv_dtype: KvDtype = None,
+    schedule: Schedule = None,
+    device: Device = None,
+    device_memory: DeviceMemory = None,
+    micro_batches: MicroBatches = None,
 ) -> DoctorOptions:
     """Show what this machine has, and how a model would share the memory."""
     if model is None:
@@ -285,6 +289,10 @@ def doctor(
         max_model_len=max_model_len,
         dtype=dtype,
         kv_dtype=kv_dtype,
+        schedule=schedule,
+        device=device,
+        device_memory=device_memory,
+        num_micro_batches=micro_batches,
     )
     return DoctorOptions(engine=engine, json=json)
 

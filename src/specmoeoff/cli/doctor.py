@@ -26,7 +26,7 @@ class ModelReport:
     streamed_bytes: int
     """Bytes that a step streams at least when it touches all experts."""
     disk_bandwidth: float | None
-    """Bytes/s the model's files were read at."""
+    """Bytes/s the model's files were read at; None if no step reads them, or none could be."""
 
     @property
     def stream_s(self) -> float | None:
@@ -62,11 +62,18 @@ def examine(engine: EngineOptions) -> ModelReport:
         DoesNotFitError: The budget is too small; the message has the arithmetic.
         CheckpointError: The model cannot be used.
     """
-    from specmoeoff.engine.memory_plan import plan_memory
+    from specmoeoff.engine.memory_plan import open_models, plan_memory
+    from specmoeoff.engine.planned_policy import plan_passes
     from specmoeoff.models.hf_config import parse_config
     from specmoeoff.offload.hub import resolve_model
 
-    policy = plan_memory(engine.engine())
+    wanted, from_disk = engine.engine(), True
+    if wanted.is_planned:
+        split, plan = plan_passes(wanted, *open_models(wanted))
+        policy = plan.policy
+        from_disk = "disk" in split.placement.weights
+    else:
+        policy = plan_memory(wanted)
     directory = resolve_model(engine.model)
     config = parse_config(directory)
     num_experts = config.num_layers * max(1, config.num_experts)
@@ -75,7 +82,9 @@ def examine(engine: EngineOptions) -> ModelReport:
         policy=policy,
         num_experts=num_experts,
         streamed_bytes=streamed * policy.expert_slot_bytes,
-        disk_bandwidth=disk_bandwidth(sorted(Path(directory).glob("*.safetensors"))),
+        disk_bandwidth=disk_bandwidth(sorted(Path(directory).glob("*.safetensors")))
+        if from_disk
+        else None,
     )
 
 
@@ -106,9 +115,11 @@ def _policy_rows(policy: Policy) -> list[tuple[str, str]]:
 def _stream_rows(report: ModelReport) -> list[tuple[str, str]]:
     policy, bandwidth, stream_s = report.policy, report.disk_bandwidth, report.stream_s
     slots = min(policy.num_expert_slots, report.num_experts)
+    trades = ", less what the KV cache takes while it needs it"
+    held = f"{slots}{trades if policy.min_expert_slots < policy.num_expert_slots else ''}"
     rows = [
         ("experts", f"{report.num_experts} of {format_memory_size(policy.expert_slot_bytes)}"),
-        ("held in memory", f"{slots}, less what the KV cache takes while it needs it"),
+        ("held where they are used", held),
         ("streamed per full pass", f"at least {format_memory_size(report.streamed_bytes)}"),
     ]
     if bandwidth is not None:

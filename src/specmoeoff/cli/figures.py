@@ -24,8 +24,24 @@ def totals(stats: Mapping[str, Any]) -> str:
     return (
         f"{stats['prefill_tokens']} prompt and {stats['decode_tokens']} output tokens · "
         f"{stats['streamed_bytes'] / 1e9:.2f} GB streamed · "
-        f"peak memory {format_memory_size(stats['peak_memory_bytes'])}"
+        f"peak memory {format_memory_size(stats['peak_memory_bytes'])}{_by_tier(stats['tiers'])}"
     )
+
+
+def held(use: Mapping[str, int]) -> str:
+    """Return what a tier of memory held at its peak, and what it was given."""
+    peak, planned, budget = (
+        format_memory_size(use[name]) for name in ("peak", "planned", "budget")
+    )
+    return f"{peak} at most, {planned} planned of {budget}"
+
+
+def _by_tier(tiers: Mapping[str, Mapping[str, int]]) -> str:
+    """Return each tier's peak, where there are several."""
+    if len(tiers) < 2:
+        return ""
+    parts = (f"{name} {format_memory_size(use['peak'])}" for name, use in tiers.items())
+    return f" ({', '.join(parts)})"
 
 
 def duration(seconds: float) -> str:

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specmoeoff.cli.console import say
+from specmoeoff.cli.figures import held
 from specmoeoff.errors import InvalidInputError
 from specmoeoff.memory_size import parse_memory_size
 
 if TYPE_CHECKING:
     from specmoeoff.cli.options import TraceOptions
     from specmoeoff.engine.planned_memory import PlannedConfig
+    from specmoeoff.offload.tiers import TierUse
     from specmoeoff.pipeline.schedules.shape import StepShape
     from specmoeoff.pipeline.timeline import Timeline
 
@@ -30,6 +32,8 @@ class Traced:
     times: str
     predicted_s: float
     """A step among others, simulated at the speeds that were set or, elsewhere, measured."""
+    tiers: dict[str, TierUse] = dataclasses.field(default_factory=dict)
+    """What each tier of memory held, where steps were run."""
 
 
 def run(options: TraceOptions) -> int:
@@ -89,6 +93,7 @@ def _pass_tokens(options: TraceOptions) -> int:
 
 
 def _measure(options: TraceOptions) -> Traced:
+    from specmoeoff.engine.memory_plan import peak_resident_bytes
     from specmoeoff.engine.planned_build import open_planned
     from specmoeoff.engine.record import record
     from specmoeoff.pipeline.tune import steady_step_s
@@ -104,6 +109,7 @@ def _measure(options: TraceOptions) -> Traced:
             _pass_tokens(options),
             options.engine.seed,
         )
+        tiers = planned.uses(peak_resident_bytes())
     finally:
         planned.close()
     costs = wanted.costs or recording.costs
@@ -112,7 +118,7 @@ def _measure(options: TraceOptions) -> Traced:
     if wanted.costs is not None:
         times = f"measured on a simulated device at {options.scale:g} times the speeds of a host "
         times += f"with {options.host}"
-    return Traced(recording.timelines, recording.shape, times, predicted)
+    return Traced(recording.timelines, recording.shape, times, predicted, tiers)
 
 
 def _simulate(options: TraceOptions) -> Traced:
@@ -136,6 +142,7 @@ def _write(options: TraceOptions, traced: Traced) -> None:
     from specmoeoff.pipeline.trace import to_chrome
 
     about = {"model": options.engine.model, "times": traced.times}
+    about |= {f"{name} memory": held(dataclasses.asdict(u)) for name, u in traced.tiers.items()}
     path = Path(options.output)
     try:
         path.write_text(to_chrome(traced.timelines, about), encoding="utf-8")
@@ -162,6 +169,7 @@ def _as_dict(options: TraceOptions, traced: Traced) -> dict[str, Any]:
         "waves": traced.shape.waves,
         "ring_slots": traced.shape.ring_slots,
         "num_slots": traced.shape.num_slots,
+        "tiers": {name: dataclasses.asdict(use) for name, use in traced.tiers.items()},
         "critical_path_s": _critical(last),
         "output": options.output,
         "png": options.png,
@@ -186,6 +194,8 @@ def _show(options: TraceOptions, traced: Traced) -> None:
         say(f"simulated at the {at}: {traced.predicted_s * 1e3:.4g} ms")
     shares = (f"{lane} {share:.0%}" for lane, share in found["lane_shares"].items())
     say(f"lanes busy: {', '.join(shares)}")
+    for name, use in found["tiers"].items():
+        say(f"{name} memory: {held(use)}")
     critical = list(found["critical_path_s"].items())[:3]
     named = ", ".join(f"{kind} {seconds * 1e3:.4g} ms" for kind, seconds in critical)
     say(f"critical path of the last step: {named}")

@@ -126,6 +126,9 @@ class Device(Protocol):
     def attend(self, q: DeviceArray, pages: Pages, places: Places) -> DeviceArray:
         """Attend q [T, H, D] to pages on the device, which hold the new tokens already."""
 
+    def peak_bytes(self) -> int | None:
+        """Return the most bytes that its memory held at once; None if it cannot say."""
+
     def close(self) -> None:
         """Give back what the host's memory was pinned with; no lane is at work any more."""
 

@@ -124,6 +124,9 @@ class HostDevice:
             v_scales=pages.v_scales,
         )
 
+    def peak_bytes(self) -> None:
+        """What a simulated device holds is among all else that the process holds."""
+
     def close(self) -> None:
         """Nothing is pinned."""
 

@@ -90,6 +90,10 @@ class TorchDevice:
         if self._is_cuda:
             self._pinned += pin(memory, slot_bytes, register)
 
+    def peak_bytes(self) -> int | None:
+        """Return what torch's allocator held at most on a GPU."""
+        return torch.cuda.max_memory_allocated(self._device) if self._is_cuda else None
+
     def close(self) -> None:
         """Unpin; no lane may be at work any more."""
         while self._pinned:

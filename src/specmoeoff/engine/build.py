@@ -39,6 +39,7 @@ from specmoeoff.offload.elastic import ElasticMemory
 from specmoeoff.offload.expert_store import ExpertStore
 from specmoeoff.offload.kv_cache import KvCache, KvLayers
 from specmoeoff.offload.reader import Reader
+from specmoeoff.offload.tiers import Tier
 from specmoeoff.pipeline.schedules.shape import Draft
 from specmoeoff.speculative.budget import AdaptiveBudget, FixedBudget
 from specmoeoff.speculative.draft_context import OwnContexts, TargetContexts
@@ -105,7 +106,10 @@ def _reactive_engine(
         config.expert_mode,
     )
     elastic = ElasticMemory(elastic_bytes, store, caches, plan.policy.min_expert_slots)
-    target = ReactiveTarget(model, weights, store, kv, elastic, reader)
+    memory = Tier("main", plan.policy.memory)
+    for name, num_bytes in plan.policy.reservations:
+        memory.reserve(name, num_bytes)
+    target = ReactiveTarget(model, weights, store, kv, elastic, reader, memory)
     return _engine(config, plan, target, drafting)
 
 

@@ -260,8 +260,9 @@ class Engine:
     def stats(self) -> EngineStats:
         """Return the counters up to now."""
         stats = self._stats
-        self._target.count(stats)
         stats.peak_memory_bytes = peak_resident_bytes()
+        self._target.count(stats)
+        stats.kv_pages = self._target.kv.num_used
         stats.num_threads = kernels.num_threads()
         stats.cpu_target = kernels.cpu_target()
         stats.preemptions = self._scheduler.num_preemptions

@@ -43,7 +43,7 @@ from specmoeoff.pipeline.schedules.shape import (
 if TYPE_CHECKING:
     from specmoeoff.config import Dtype, EngineConfig
     from specmoeoff.kernels import Activations
-    from specmoeoff.offload.tiers import Tier
+    from specmoeoff.offload.tiers import Tier, TierUse
     from specmoeoff.pipeline.schedules.shape import Draft
 
 UNLIMITED = 1 << 60
@@ -57,6 +57,19 @@ class Planned:
     forward: PlannedForward
     reader: Reader
     tiers: tuple[Tier, ...]
+
+    def uses(self, resident_bytes: int) -> dict[str, TierUse]:
+        """Return what each tier held, of a process that held so many bytes at its peak.
+
+        What a device in the process's own memory held is counted, and the host's peak is the rest.
+        """
+        host, *devices = self.tiers
+        says = self.forward.compute.peak_bytes()
+        uses = [device.use(device.peak if says is None else says) for device in devices]
+        if says is None:
+            resident_bytes -= sum(use.peak for use in uses)
+        names = (tier.name for tier in self.tiers)
+        return dict(zip(names, (host.use(resident_bytes), *uses), strict=True))
 
     def close(self) -> None:
         """End the reader and the lanes, within two seconds: a lane may be waiting for a read."""

@@ -111,7 +111,7 @@ class PlannedForward:
         self.keeps_steps = False
         self.busy = Busy()
         self.weights = weights
-        self._compute = compute or HostDevice(model, weights.globals, weights.layers)
+        self.compute = compute or HostDevice(model, weights.globals, weights.layers)
         self._experts = experts
         self._device = device
         self._held: tuple[Held, ...] = ()
@@ -142,12 +142,12 @@ class PlannedForward:
         drafts = max(span.num_drafts for span in spans) if with_drafts is not None else None
         shape = self._shape(batches, drafts)
         plan = build_plan(self.machine.schedule, shape, self._held)
-        self._reserve(plan, shape)
-        with self._compute.on("h2d"):
+        self._take(plan, shape)
+        with self.compute.on("h2d"):
             self._experts.keep(_staying(plan, shape))
         work = PassOps(
             self.model,
-            self._compute,
+            self.compute,
             self.kv,
             self._experts,
             [] if with_drafts is not None else self._slices(batches),
@@ -175,11 +175,11 @@ class PlannedForward:
 
     def logits(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the logits of hidden states: [R, hidden] -> [R, V]."""
-        return self._compute.head(hidden)
+        return self.compute.head(hidden)
 
     def best(self, hidden: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         """Return the largest logit and its token of each hidden state, [R] each."""
-        return self._compute.head_best(hidden)
+        return self.compute.head_best(hidden)
 
     def shape_of(self, spans: Sequence[Span]) -> StepShape:
         """Return what schedules are told of a pass over these spans."""
@@ -194,7 +194,7 @@ class PlannedForward:
     def close(self) -> None:
         """End the lanes."""
         self.machine.executor.close()
-        self._compute.close()
+        self.compute.close()
 
     def _slices(self, batches: Sequence[Sequence[Span]]) -> list[Slice]:
         slices: list[Slice] = []
@@ -231,14 +231,14 @@ class PlannedForward:
             draft=None if num_drafts is None else replace(draft, num_tokens=num_drafts),
         )
 
-    def _reserve(self, plan: Plan, shape: StepShape) -> None:
+    def _take(self, plan: Plan, shape: StepShape) -> None:
         if self._device is None:
             return
         pools = ("activations", "kv")
         staged = sum(b.num_bytes for b in plan.buffers.values() if b.pool in pools)
         hidden = sum(shape.hidden(m) for m in range(len(shape.micro_batches)))
         # The residual stream and its norm.
-        self._device.reserve("activations", staged + 2 * hidden)
+        self._device.take("activations", staged + 2 * hidden)
 
 
 def _staying(plan: Plan, shape: StepShape) -> set[tuple[int, int]]:

@@ -13,7 +13,9 @@ from specmoeoff.engine.memory_plan import (
     kv_page_bytes,
     longest_sequence,
 )
+from specmoeoff.engine.planned_build import planned_dtype
 from specmoeoff.engine.planned_memory import MemorySplit, PlannedConfig, split_memory
+from specmoeoff.engine.torch_build import with_device_memory
 from specmoeoff.errors import DoesNotFitError, InvalidInputError
 from specmoeoff.offload.planned_experts import slot_bytes
 from specmoeoff.pipeline.schedules import SCHEDULES
@@ -78,6 +80,24 @@ def split_models(
         return split, draft, ""
     taken = without.num_slots - split.num_slots
     return without, None, f"the {taken} expert slots that it would take are worth more"
+
+
+def plan_passes(
+    config: EngineConfig, files: ModelFiles, draft: ModelFiles | None
+) -> tuple[MemorySplit, MemoryPlan]:
+    """Return an engine's split and plan from file headers alone.
+
+    Whether a draft reads the target's KV cache is known once both are loaded; here it does not.
+
+    Raises:
+        DoesNotFitError: A tier is too small; the message has the arithmetic.
+        InvalidInputError: The schedule is unknown or needs more expert slots at once, or the device
+            needs torch or a GPU, and there is none.
+    """
+    wanted = with_device_memory(planned_config(config))
+    split, draft, left_out = split_models(config, wanted, files, draft)
+    dtype = planned_dtype(config, wanted, files)
+    return split, fixed_plan(config, split, files, draft, dtype, left_out)
 
 
 def fixed_plan(

@@ -48,7 +48,7 @@ class PlannedTarget:
         """See ``lend``."""
 
     def count(self, stats: EngineStats) -> None:
-        """Enter what each lane did; the link is the lane that brings experts to their slots."""
+        """Enter what lanes did and tiers held; experts come to their slots on the link."""
         forward = self.planned.forward
         placement, busy = forward.machine.placement, forward.busy
         link = placement.weights[-1]
@@ -58,6 +58,7 @@ class PlannedTarget:
         stats.wanted_experts = busy.wanted_experts
         stats.stalled_s = max(0.0, busy.run_s - busy.lane_s[placement.compute])
         stats.expert_slots = self._num_slots
+        stats.tiers = self.planned.uses(stats.peak_memory_bytes)
         stats.lane_busy_s = {lane: busy.lane_s[lane] for lane in LANES} | {"draft": stats.draft_s}
 
     def close(self) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from specmoeoff.offload.expert_store import ExpertStore
     from specmoeoff.offload.kv_cache import KvCache
     from specmoeoff.offload.reader import Reader
+    from specmoeoff.offload.tiers import Tier
 
 
 class ReactiveTarget:
@@ -36,6 +37,7 @@ class ReactiveTarget:
         kv: KvCache,
         elastic: ElasticMemory,
         reader: Reader,
+        memory: Tier,
     ) -> None:
         self.kv = kv
         self.model = model
@@ -43,6 +45,7 @@ class ReactiveTarget:
         self._store = store
         self._elastic = elastic
         self._reader = reader
+        self._memory = memory
 
     def run(
         self, spans: Sequence[Span], with_drafts: WithDrafts | None = None
@@ -69,7 +72,11 @@ class ReactiveTarget:
         self._elastic.rebalance()
 
     def count(self, stats: EngineStats) -> None:
-        """Enter the reader's and the store's counters; two lanes, and drafts beside them."""
+        """Enter the reader's and the store's counters; two lanes, and drafts beside them.
+
+        The one tier is the process.
+        """
+        stats.tiers = {self._memory.name: self._memory.use(stats.peak_memory_bytes)}
         stats.streamed_bytes = self._reader.stats.bytes
         stats.streamed_s = self._reader.busy_seconds()
         stats.stalled_s = self._store.stats.stalled_s

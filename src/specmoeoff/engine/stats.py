@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from specmoeoff.engine.scheduler import Scheduled
+    from specmoeoff.offload.tiers import TierUse
     from specmoeoff.speculative.drafter import Proposal
     from specmoeoff.speculative.verify import Verification
 
@@ -90,9 +91,14 @@ class EngineStats:
     wanted_experts: int = 0
     fetched_experts: int = 0
     peak_memory_bytes: int = 0
+    """Most that the process held."""
+    tiers: dict[str, TierUse] = field(default_factory=dict)
+    """By tier of memory: ``main``, or ``host`` and ``device``."""
     shared_bytes: int = 0
     """Bytes saved because draft and target hold equal tensors."""
     expert_slots: int = 0
+    kv_pages: int = 0
+    """Pages of the target's KV cache that sequences hold now."""
     num_threads: int = 0
     cpu_target: str = ""
     lane_busy_s: dict[str, float] = field(default_factory=dict)

@@ -60,7 +60,7 @@ class Target(Protocol):
         """Take back what the KV caches no longer hold (call after sequences ended)."""
 
     def count(self, stats: EngineStats) -> None:
-        """Enter what was streamed and how busy each lane was, since the start."""
+        """Enter what was streamed, how busy each lane was and what each tier of memory held."""
 
     def close(self) -> None:
         """End reading; no pass can run afterwards."""

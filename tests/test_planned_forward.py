@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from budgets import MIB, few_slots, forget_this_process, less_than_all_experts, smallest_budget
 from specmoeoff.config import EngineConfig
+from specmoeoff.devices.host import HostDevice
 from specmoeoff.engine import planned_memory
 from specmoeoff.engine.forward import Forward, ResidentExperts, Span
 from specmoeoff.engine.micro_batch import cut
@@ -183,6 +184,32 @@ def test_kv_in_int8_is_staged_with_its_scales(
 ) -> None:
     forward = bench.planned(executor, schedule, DEVICE, num_micro_batches=3, dtype="int8")
     assert same(Conversation(forward).steps(3), Conversation(bench.plain("int8")).steps(3))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_the_past_is_copied_in_whole_pages_and_none_besides(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """One long sequence beside short ones: what is copied is what the tier was charged with."""
+    copied: list[int] = []
+    upload_pages = HostDevice.upload_pages
+
+    def counted(device: HostDevice, pages: Any, wanted: Any) -> Any:
+        copy = upload_pages(device, pages, wanted)
+        copied.append(copy.nbytes)
+        return copy
+
+    monkeypatch.setattr(HostDevice, "upload_pages", counted)
+    forward = bench.planned(
+        SerialExecutor(), "flexgen", DEVICE, num_micro_batches=1, dtype=dtype, num_slots=15
+    )
+    Conversation(forward).step()
+    charged = [op.num_bytes for op in forward.steps[-1].timeline().plan.ops if op.kind == "kv_in"]
+    assert len(charged) == forward.model.config.num_layers
+    assert sum(copied) == sum(charged)
+    # Prompts of 40 and 33 tokens have two pages each, the six others one.
+    arrays = (*forward.kv.layer(0), *forward.kv.scales(0))
+    assert charged[0] == sum(10 * array[0].nbytes for array in arrays if array is not None)
 
 
 def test_one_slot_is_enough_for_ours(

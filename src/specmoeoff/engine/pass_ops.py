@@ -118,18 +118,21 @@ class PassOps:
 
     def _kv_in(self, op: Op) -> None:
         part = self._slice(op)
-        width = part.page_table.shape[1]
-        # Every page in the order of the table, so that page p of the copy is entry p of it.
-        pages = part.page_table.reshape(-1)
         size = self.kv.page_size
+        # Only pages that hold something, sequence after sequence: the table's rest is padding.
+        counts = -(-part.kv_lens // size)
+        holds = np.arange(part.page_table.shape[1]) < counts[:, None]
+        pages = part.page_table[holds]
+        table = np.zeros_like(part.page_table)
+        table[holds] = np.arange(len(pages))
         sequence = np.repeat(np.arange(len(part.kv_lens)), np.diff(part.q_offsets))
         first = part.kv_lens[sequence] - np.diff(part.q_offsets)[sequence]
         position = first + np.arange(len(part.slots)) - part.q_offsets[sequence]
-        entry = sequence * width + position // size
+        entry = table[sequence, position // size]
         part.past[_layer(op)] = Past(
             self._copied(op, pages),
             (entry * size + position % size).astype(np.int32),
-            np.arange(len(pages), dtype=np.int32).reshape(part.page_table.shape),
+            table,
         )
 
     def _attend(self, op: Op) -> object:

@@ -21,6 +21,7 @@ from specmoeoff.engine.planned_forward import NO_WEIGHTS, Machine, PlannedForwar
 from specmoeoff.engine.planned_memory import (
     HOST_SLOTS,
     KV_ITEM_BYTES,
+    KV_SCALE_BYTES,
     MemorySplit,
     PlannedConfig,
     split_memory,
@@ -186,12 +187,14 @@ def decoding_shape(config: EngineConfig, wanted: PlannedConfig) -> StepShape:
     bounds = [wanted.num_seqs * m // count for m in range(count + 1)]
     sizes = [b - a for a, b in itertools.pairwise(bounds)]
     longest = wanted.max_len or split.num_pages * PAGE_TOKENS // wanted.num_seqs
+    paged = -(-longest // PAGE_TOKENS) * PAGE_TOKENS
     return StepShape(
         files.model.config,
-        tuple(MicroBatch(size, size, size * longest, size) for size in sizes),
+        tuple(MicroBatch(size, size, size * longest, size, size * paged) for size in sizes),
         split.placement,
         split.num_slots,
         slot_bytes(files.expert_layouts()),
         kv_item_bytes=KV_ITEM_BYTES[config.kv_dtype],
+        kv_scale_bytes=KV_SCALE_BYTES[config.kv_dtype],
         host_slots=HOST_SLOTS,
     )

@@ -218,13 +218,15 @@ class PlannedForward:
     def _shape(self, batches: Sequence[Sequence[Span]], num_drafts: int | None = None) -> StepShape:
         """Return a pass's shape, all drafts counted that there is room for."""
         draft = self.machine.draft
+        scales, _ = self.kv.scales(0)
         return StepShape(
             config=self.model.config,
-            micro_batches=tuple(_micro_batch(batch) for batch in batches),
+            micro_batches=tuple(_micro_batch(batch, self.kv) for batch in batches),
             placement=self.machine.placement,
             num_slots=self._experts.num_slots,
             expert_bytes=self._experts.slot_bytes,
             kv_item_bytes=self.kv.layer(0)[0].itemsize,
+            kv_scale_bytes=0 if scales is None else scales.itemsize,
             host_slots=self.machine.host_slots,
             waves=self.machine.waves,
             ring_slots=self.machine.ring_slots,
@@ -254,12 +256,14 @@ def _staying(plan: Plan, shape: StepShape) -> set[tuple[int, int]]:
     return {(layer, e) for layer in layers for e in experts} - moved
 
 
-def _micro_batch(batch: Sequence[Span]) -> MicroBatch:
+def _micro_batch(batch: Sequence[Span], kv: KvCache) -> MicroBatch:
     num_drafts = sum(span.num_drafts for span in batch)
     num_tokens = sum(len(span.token_ids) for span in batch) + num_drafts
+    lengths = [span.kv.length + len(span.token_ids) + span.num_drafts for span in batch]
     return MicroBatch(
         num_tokens=num_tokens,
         num_seqs=len(batch),
-        kv_tokens=num_tokens + sum(span.kv.length for span in batch),
+        kv_tokens=sum(lengths),
         num_outputs=sum(span.num_outputs for span in batch) + num_drafts,
+        paged_tokens=kv.page_size * sum(kv.pages_for(length) for length in lengths),
     )

@@ -50,6 +50,7 @@ DeviceKind = Literal["cpu", "sim", "cuda"]
 KEEPS_KV_ON_DEVICE = ("zero_inference",)
 """Schedules whose attention finds its past on the device."""
 KV_ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1}
+KV_SCALE_BYTES = {"bfloat16": 0, "float16": 0, "float32": 0, "int8": 4}
 HOST_SLOTS = 4
 """Experts on their way from disk to the device; one arrives while another leaves."""
 KV_SHARE = 0.25
@@ -274,5 +275,6 @@ def _largest(
         split.num_slots,
         slot_bytes(files.expert_layouts()),
         kv_item_bytes=KV_ITEM_BYTES[config.kv_dtype],
+        kv_scale_bytes=KV_SCALE_BYTES[config.kv_dtype],
         host_slots=HOST_SLOTS,
     )

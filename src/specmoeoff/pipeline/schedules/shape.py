@@ -50,6 +50,9 @@ class MicroBatch:
     """Tokens in the KV cache that its sequences attend to, new ones included."""
     num_outputs: int
     """Rows whose logits are wanted."""
+    paged_tokens: int | None = None
+    """Tokens that the pages of ``kv_tokens`` have room for, each sequence's last one included; None
+    is no more than those."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,9 @@ class StepShape:
     """Bytes of one dense weight."""
     kv_item_bytes: int = 2
     """Bytes of one element of the KV cache."""
+    kv_scale_bytes: int = 0
+    """Bytes of the scale of a token's keys in one KV head, where the cache has them; values have
+    one too."""
     host_slots: int = 2
     """Experts on their way through host memory, with DEVICE_AND_DISK."""
     waves: int = 1
@@ -133,8 +139,10 @@ class StepShape:
         return self.micro_batches[m].num_tokens * self.wide * FLOAT_BYTES
 
     def kv(self, m: int) -> int:
-        """Return the bytes of keys and values that a micro-batch attends to in a layer."""
-        return self.micro_batches[m].kv_tokens * 2 * self.narrow * self.kv_item_bytes
+        """Return the bytes of a layer's keys and values that a micro-batch has in whole pages."""
+        batch = self.micro_batches[m]
+        tokens = batch.kv_tokens if batch.paged_tokens is None else batch.paged_tokens
+        return tokens * self._kv_token
 
     def pre_attention(self, m: int) -> tuple[int, int]:
         """Q, K and V projections."""
@@ -148,7 +156,8 @@ class StepShape:
         """Every new token of a sequence against its whole past, which is read once."""
         batch = self.micro_batches[m]
         tokens_per_seq = batch.num_tokens / max(batch.num_seqs, 1)
-        return self.kv(m), int(4 * tokens_per_seq * batch.kv_tokens * self.wide)
+        flops = int(4 * tokens_per_seq * batch.kv_tokens * self.wide)
+        return batch.kv_tokens * self._kv_token, flops
 
     def experts(self, batch: tuple[int, ...], num_experts: int) -> tuple[int, int]:
         """Some experts over the rows routed to them, if all experts are equally likely."""
@@ -169,6 +178,12 @@ class StepShape:
             return 0, 0
         rows = draft.num_tokens * self.micro_batches[m].num_seqs
         return draft.num_tokens * draft.weight_bytes, 2 * rows * draft.num_weights
+
+    @property
+    def _kv_token(self) -> int:
+        """Bytes of a token's keys and values in one layer, scales included."""
+        scales = self.config.num_kv_heads * self.kv_scale_bytes
+        return 2 * (self.narrow * self.kv_item_bytes + scales)
 
     def _dense(self, m: int, rows: int, columns: int) -> tuple[int, int]:
         tokens = self.micro_batches[m].num_tokens

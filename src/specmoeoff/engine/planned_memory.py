@@ -152,7 +152,7 @@ def _split_cpu(
     for name, num_bytes in parts:
         memory.reserve(name, num_bytes)
     page = plan.page_bytes + draft_page
-    pages = _pages(config, wanted, files, memory.free, page)
+    pages = _pages(config, wanted, files, _room(files, memory.free), page)
     memory.reserve("KV cache", pages * page)
     num_slots = _reserve_slots(files, memory)
     tokens = plan.policy.max_num_batched_tokens
@@ -176,7 +176,6 @@ def _split_device(
     device.reserve(name, dense)
     tokens = wanted.max_tokens or config.max_num_batched_tokens or _step_tokens(wanted, files)
     held = dict(step_parts(config, model, draft, tokens))
-    total = files.total_experts * slot_bytes(files.expert_layouts())
     page = kv_page_bytes(model, config.kv_dtype)
     # A simulated device's memory is this machine's too.
     free = default_memory() - (0 if is_gpu else wanted.device_memory)
@@ -190,7 +189,8 @@ def _split_device(
     drafts = host if is_gpu else device
     for name, num_bytes in draft_weights:
         drafts.reserve(name, num_bytes)
-    pages = _pages(config, wanted, files, host.free, page)
+    room = _host_room(config, files, host.free, page)
+    pages = _pages(config, wanted, files, room, page)
     host.reserve("KV cache", pages * page)
     split = MemorySplit((host, device), DEVICE, files.total_experts, pages, tokens)
     staged = _staged_kv(config, wanted, files, split)
@@ -205,6 +205,7 @@ def _split_device(
         if not keeps_kv_on_host(wanted):
             device.reserve("KV cache", pages * page)
     num_slots = _reserve_slots(files, device)
+    total = _experts_bytes(files)
     placement = DEVICE if host.free >= total else DEVICE_AND_DISK
     if placement is DEVICE:
         host.reserve("experts", total)
@@ -217,17 +218,43 @@ def _split_device(
 
 
 def _pages(
-    config: EngineConfig, wanted: PlannedConfig, files: ModelFiles, free: int, page: int
+    config: EngineConfig, wanted: PlannedConfig, files: ModelFiles, room: int, page: int
 ) -> int:
-    """Return the pages of the KV cache: as asked for, or a share of what is free."""
+    """Return the pages of the KV cache: as asked for, or those that there is room for."""
     if wanted.max_len is not None:
         return wanted.num_seqs * -(-wanted.max_len // PAGE_TOKENS)
     longest = longest_sequence(config, files.model.config)
     most = wanted.num_seqs * (-(-longest // PAGE_TOKENS) + 1)
-    least = -(-min(MIN_KV_TOKENS, longest) // PAGE_TOKENS)
-    # Experts that all fit leave the rest to the cache.
-    total = files.total_experts * slot_bytes(files.expert_layouts())
-    return max(least, min(most, int(max(KV_SHARE * free, free - total)) // page))
+    return max(_least_pages(config, files), min(most, room // page))
+
+
+def _least_pages(config: EngineConfig, files: ModelFiles) -> int:
+    """Return the pages that a KV cache has at least."""
+    longest = longest_sequence(config, files.model.config)
+    return -(-min(MIN_KV_TOKENS, longest) // PAGE_TOKENS)
+
+
+def _room(files: ModelFiles, free: int) -> int:
+    """Return what the KV cache may take of memory in which experts are used: its share.
+
+    Experts that all fit leave it the rest.
+    """
+    return max(int(KV_SHARE * free), free - _experts_bytes(files))
+
+
+def _host_room(config: EngineConfig, files: ModelFiles, free: int, page: int) -> int:
+    """Return what the KV cache may take of a device's host: what experts leave, if all fit there.
+
+    From disk each would take far longer than from host memory, in every step.
+    """
+    beside = free - _experts_bytes(files)
+    fits = beside >= _least_pages(config, files) * page
+    return beside if fits else int(KV_SHARE * free)
+
+
+def _experts_bytes(files: ModelFiles) -> int:
+    """Return the bytes of all experts in slots."""
+    return files.total_experts * slot_bytes(files.expert_layouts())
 
 
 def _step_tokens(wanted: PlannedConfig, files: ModelFiles) -> int:

@@ -22,7 +22,7 @@ MAX_LINES = 300
 LONGER = {
     "cli/commands.py": (360, "one declaration per option of each command"),
     "engine/engine.py": (400, "the step is read from top to bottom in one place"),
-    "engine/memory_plan.py": (345, "every part of the budget is named and counted in one place"),
+    "engine/memory_plan.py": (375, "every part of the budget is named and counted in one place"),
     "kernels/native.py": (420, "one thin function per kernel"),
     "kernels/reference.py": (480, "the specification of every kernel, to be read in one go"),
     "llm.py": (440, "the public class: its methods and their docstrings belong together"),

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from budgets import MIB, forget_this_process
+from specmoeoff import LLM, SamplingParams, SpeculativeConfig
 from specmoeoff.config import EngineConfig
-from specmoeoff.engine.memory_plan import open_models
+from specmoeoff.engine.memory_plan import open_models, weight_parts
 from specmoeoff.engine.planned_memory import MemorySplit, split_memory
 from specmoeoff.engine.planned_policy import planned_config
 from specmoeoff.offload.planned_experts import slot_bytes
 from specmoeoff.pipeline.schedules.shape import DEVICE
-from tiny import write_tiny
+from tiny import write_draft, write_tiny
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,6 +37,12 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=1000,
         max_position_embeddings=2048,
     )
+
+
+@pytest.fixture(scope="module")
+def draft(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A draft that may read the target's KV cache."""
+    return write_draft(target, tmp_path_factory.mktemp("split") / "draft", same_attention=True)
 
 
 @pytest.fixture(autouse=True)
@@ -67,3 +74,58 @@ def test_the_cache_leaves_host_memory_to_experts_that_fit_there(
         assert (split.placement is DEVICE) == (free >= experts + 8 * page)
         placements.append(split.placement)
     assert len(set(placements)) == 2
+
+
+@pytest.mark.parametrize("schedule", ["specmoeoff", "flexgen", "moe_gen"])
+@pytest.mark.parametrize("drafts", [False, True])
+def test_more_host_memory_is_never_too_much_for_the_device(
+    target: Path, draft: Path, schedule: str, drafts: bool
+) -> None:
+    speculative = SpeculativeConfig(model=str(draft)) if drafts else None
+    pages = [
+        split_of(target, memory * MIB, schedule=schedule, speculative=speculative).num_pages
+        for memory in (80, 100, 200, 1000, 10000)
+    ]
+    assert pages == sorted(pages)
+    assert pages[0] < pages[1]
+
+
+@pytest.mark.parametrize(
+    ("device", "prefix"),
+    [
+        ({"device": "sim", "device_memory": 14 * MIB}, "device: "),
+        ({"device": "cpu", "schedule": "specmoeoff"}, ""),
+    ],
+)
+def test_what_a_draft_shares_goes_to_the_experts(
+    target: Path, draft: Path, device: dict[str, Any], prefix: str
+) -> None:
+    greedy = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    prompts = [{"prompt_token_ids": list(range(1, n))} for n in (4, 30, 70)]
+    memory = 86 * MIB if device["device"] == "cpu" else 200 * MIB
+    options = {"memory": memory, "max_num_batched_tokens": 24, "num_threads": 1}
+    with LLM(str(target), memory="1GiB") as llm:
+        wanted = [output.outputs[0].token_ids for output in llm.generate(prompts, greedy)]
+    plans, pages, shared = [], [], 0
+    for share_kv in (False, True):
+        speculative = SpeculativeConfig(model=str(draft), share_kv=share_kv)
+        with LLM(str(target), speculative_config=speculative, **options, **device) as llm:
+            got = [output.outputs[0].token_ids for output in llm.generate(prompts, greedy)]
+            assert got == wanted
+            assert llm.stats().accepted_tokens > 0
+            shared = llm.stats().shared_bytes
+            plans.append(dict(llm.policy.reservations))
+            pages.append(llm._engine._target.kv.max_pages)
+    apart, together = plans
+    config = EngineConfig(
+        str(target), speculative=SpeculativeConfig(model=str(draft)), num_threads=1
+    )
+    _, _, (name, unshared) = weight_parts(config, *open_models(config))
+    assert 0 < shared < unshared
+    assert apart[prefix + name] == together[prefix + name] == unshared - shared
+    assert "device: KV cache of the draft" not in together
+    assert ("device: KV cache of the draft" in apart) == (device["device"] == "sim")
+    if device["device"] == "sim":
+        assert together["device: expert slots"] > apart["device: expert slots"]
+    else:
+        assert pages[1] > pages[0]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from specmoeoff import kernels
 from specmoeoff.engine.allocator import return_large_blocks
-from specmoeoff.engine.draft_kv import shared_layers
+from specmoeoff.engine.draft_kv import SharedDraft, shared_layers
 from specmoeoff.engine.engine import Engine, Parts
 from specmoeoff.engine.forward import Forward, ResidentExperts, Span
 from specmoeoff.engine.memory_plan import (
@@ -121,9 +121,17 @@ def _planned_engine(
     dtype = planned_dtype(config, wanted, files)
     weights = load_dense(files.model, Loader(files.checkpoint))
     draft = _load_draft(config, draft_files, files, weights, keeps_kv_on_host(wanted))
-    if draft is not None and draft.target_layers is not None:
+    if draft is not None:
         # Known only now that both are loaded; what it does not take is the target's.
-        split = split_memory(config, wanted, files, draft_files, shares_kv=True)
+        shared = SharedDraft(
+            # On a GPU the target's weights are another copy.
+            draft.weights.shared_bytes if wanted.device != "cuda" else 0,
+            draft.target_layers is not None,
+            split.tiers[0].as_dict()["runtime"],
+        )
+        # What is loaded counts neither as the process's own nor as no longer free.
+        config = replace(config, memory=split.tiers[0].budget)
+        split = split_memory(config, wanted, files, draft_files, shared=shared)
     plan = fixed_plan(config, split, files, draft_files, dtype, left_out)
     size = _draft_size(config, draft_files)
     planned = load_planned(config, wanted, files, split, weights, dtype, size)

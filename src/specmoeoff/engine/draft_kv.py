@@ -9,6 +9,7 @@ to imitate.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +23,18 @@ if TYPE_CHECKING:
 
 PROJECTIONS = ("k", "v", "attn_norm", "k_bias", "v_bias")
 """What keys and values are computed with."""
+
+
+@dataclass(frozen=True)
+class SharedDraft:
+    """What a draft turned out to have in common with its target once both were loaded."""
+
+    weight_bytes: int
+    """Of its weights, those that are the target's."""
+    reads_target_kv: bool
+    """Whether it needs no KV cache of its own."""
+    runtime_bytes: int
+    """What the process was counted at before weights were loaded."""
 
 
 def shared_layers(

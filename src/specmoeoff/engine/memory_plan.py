@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from specmoeoff.config import EngineConfig, KvDtype, ModelConfig, Policy
 from specmoeoff.engine.draft_worth import Streaming, can_pay
@@ -19,6 +20,9 @@ from specmoeoff.engine.weights import Loader
 from specmoeoff.errors import DoesNotFitError
 from specmoeoff.memory_size import format_memory_size
 from specmoeoff.offload.kv_cache import page_bytes
+
+if TYPE_CHECKING:
+    from specmoeoff.engine.draft_kv import SharedDraft
 
 MIB = 1 << 20
 RUNTIME_FLOOR = 40 * MIB
@@ -150,17 +154,22 @@ def open_models(config: EngineConfig) -> tuple[ModelFiles, ModelFiles | None]:
     return target, draft
 
 
-def make_plan(config: EngineConfig, target: ModelFiles, draft: ModelFiles | None) -> MemoryPlan:
+def make_plan(
+    config: EngineConfig,
+    target: ModelFiles,
+    draft: ModelFiles | None,
+    shared: SharedDraft | None = None,
+) -> MemoryPlan:
     """Split the budget between the named parts."""
     memory = config.memory or default_memory()
     model = target.model.config
     model_len = longest_sequence(config, model)
     slot = max(layout.num_bytes for layer in target.expert_layouts() for layout in layer)
     page = kv_page_bytes(model, config.kv_dtype)
-    draft_page = kv_page_bytes(draft.model.config, draft_kv_dtype(config)) if draft else 0
+    draft_page = draft_page_bytes(config, draft, shared)
     least_slots = MIN_SLOTS * slot
     least_kv = -(-min(MIN_KV_TOKENS, model_len) // PAGE_TOKENS) * (page + draft_page)
-    parts = weight_parts(config, target, draft)
+    parts = weight_parts(config, target, draft, shared)
     room = memory - sum(num_bytes for _, num_bytes in parts) - least_slots - least_kv
     # No more than half of what is free, or sequences would have no room for their tokens.
     activations = int(min(ACTIVATION_SHARE * memory, room / 2))
@@ -213,16 +222,20 @@ def activation_bytes(model: ModelConfig, num_tokens: int, logit_rows: int = LOGI
 
 
 def weight_parts(
-    config: EngineConfig, target: ModelFiles, draft: ModelFiles | None
+    config: EngineConfig,
+    target: ModelFiles,
+    draft: ModelFiles | None,
+    shared: SharedDraft | None = None,
 ) -> list[tuple[str, int]]:
     """Return what is there whatever a step does: the runtime and what is loaded once."""
     parts = [
-        ("runtime", _runtime_bytes(config)),
+        ("runtime", _runtime_bytes(config) if shared is None else shared.runtime_bytes),
         ("target dense weights", target.dense_bytes(Loader(target.checkpoint))),
     ]
     if draft is not None and config.speculative is not None:
         loader = Loader(draft.checkpoint, to_int8=config.speculative.draft_weight_dtype == "int8")
-        parts.append(("draft weights", draft.dense_bytes(loader) + draft.expert_bytes(loader)))
+        num_bytes = draft.dense_bytes(loader) + draft.expert_bytes(loader)
+        parts.append(("draft weights", num_bytes - (shared.weight_bytes if shared else 0)))
     return parts
 
 
@@ -276,6 +289,15 @@ def _kv_pages(pages: int, max_num_seqs: int, max_model_len: int) -> int:
 def kv_page_bytes(model: ModelConfig, dtype: KvDtype) -> int:
     """Return the bytes of a page of a model's KV cache, all layers."""
     return page_bytes(model.num_layers, model.num_kv_heads, model.head_dim, dtype)
+
+
+def draft_page_bytes(
+    config: EngineConfig, draft: ModelFiles | None, shared: SharedDraft | None = None
+) -> int:
+    """Return the bytes of a page of the draft's own KV cache; 0 if it has none."""
+    if draft is None or (shared is not None and shared.reads_target_kv):
+        return 0
+    return kv_page_bytes(draft.model.config, draft_kv_dtype(config))
 
 
 def draft_kv_dtype(config: EngineConfig) -> KvDtype:

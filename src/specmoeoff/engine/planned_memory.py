@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Literal
 from specmoeoff.engine.memory_plan import (
     ACTIVATION_SHARE,
     DISTRIBUTIONS,
-    DRAFT_ROWS,
     LOGIT_ROWS,
     MIN_KV_TOKENS,
     PAGE_TOKENS,
     STEP_TOKENS,
     activation_bytes,
     default_memory,
-    draft_kv_dtype,
+    draft_page_bytes,
     kv_page_bytes,
     longest_sequence,
     make_plan,
@@ -43,6 +42,7 @@ from specmoeoff.pipeline.schedules.shape import (
 
 if TYPE_CHECKING:
     from specmoeoff.config import EngineConfig
+    from specmoeoff.engine.draft_kv import SharedDraft
     from specmoeoff.engine.model_files import ModelFiles
     from specmoeoff.pipeline.costs import Costs
 
@@ -92,10 +92,10 @@ class MemorySplit:
     """Of the KV cache, and of a draft's."""
     max_tokens: int
     """Of the largest pass."""
-    draft_page_bytes: int = 0
-    """Of a page of a KV cache that a draft has of its own."""
     distribution_bytes: int = 0
     """What the distributions that drafts were drawn from may take until they are verified."""
+    draft_page_bytes: int = 0
+    """Of a page of the draft's own KV cache, if it has one."""
 
 
 def split_memory(
@@ -104,8 +104,7 @@ def split_memory(
     files: ModelFiles,
     draft: ModelFiles | None = None,
     host_memory: int | None = None,
-    *,
-    shares_kv: bool = False,
+    shared: SharedDraft | None = None,
 ) -> MemorySplit:
     """Return the split for a configuration, from file headers alone.
 
@@ -115,19 +114,16 @@ def split_memory(
         files: The target.
         draft: The draft model.
         host_memory: The host's memory where ``config`` does not say.
-        shares_kv: Whether the draft reads the target's KV cache and has none of its own.
+        shared: What the draft shares with the target, once that is known.
 
     Raises:
         DoesNotFitError: A tier is too small.
         InvalidInputError: The schedule is unknown or needs more expert slots at once.
     """
-    draft_page = 0
-    if draft is not None and not shares_kv:
-        draft_page = kv_page_bytes(draft.model.config, draft_kv_dtype(config))
     if wanted.device == "cpu":
-        split = _split_cpu(config, wanted, files, draft, draft_page)
+        split = _split_cpu(config, wanted, files, draft, shared)
     else:
-        split = _split_device(config, wanted, files, draft, draft_page, host_memory)
+        split = _split_device(config, wanted, files, draft, host_memory, shared)
     for count in range(1, min(wanted.num_micro_batches, wanted.num_seqs) + 1):
         # A schedule that needs more slots says so now.
         build_plan(wanted.schedule, _largest(config, wanted, files, split, count))
@@ -144,20 +140,20 @@ def _split_cpu(
     wanted: PlannedConfig,
     files: ModelFiles,
     draft: ModelFiles | None,
-    draft_page: int,
+    shared: SharedDraft | None,
 ) -> MemorySplit:
-    plan = make_plan(config, files, draft)
+    plan = make_plan(config, files, draft, shared)
     memory = Tier("main", plan.policy.memory)
     *parts, (_, _elastic) = plan.policy.reservations
     for name, num_bytes in parts:
         memory.reserve(name, num_bytes)
-    page = plan.page_bytes + draft_page
+    page = plan.page_bytes + plan.draft_page_bytes
     pages = _pages(config, wanted, files, _room(files, memory.free), page)
     memory.reserve("KV cache", pages * page)
     num_slots = _reserve_slots(files, memory)
     tokens = plan.policy.max_num_batched_tokens
-    distributions = plan.distribution_bytes
-    return MemorySplit((memory,), CPU, num_slots, pages, tokens, draft_page, distributions)
+    drafts = (plan.distribution_bytes, plan.draft_page_bytes)
+    return MemorySplit((memory,), CPU, num_slots, pages, tokens, *drafts)
 
 
 def _split_device(
@@ -165,45 +161,48 @@ def _split_device(
     wanted: PlannedConfig,
     files: ModelFiles,
     draft: ModelFiles | None,
-    draft_page: int,
     host_memory: int | None,
+    shared: SharedDraft | None,
 ) -> MemorySplit:
     model = files.model.config
     device = Tier("device", wanted.device_memory)
     is_gpu = wanted.device == "cuda"
     # What is loaded once is on the device, the process itself is not.
-    (_, runtime), (name, dense), *draft_weights = weight_parts(config, files, draft)
+    (_, runtime), (name, dense), *draft_weights = weight_parts(config, files, draft, shared)
     device.reserve(name, dense)
     tokens = wanted.max_tokens or config.max_num_batched_tokens or _step_tokens(wanted, files)
-    held = dict(step_parts(config, model, draft, tokens))
     page = kv_page_bytes(model, config.kv_dtype)
     # A simulated device's memory is this machine's too.
     free = default_memory() - (0 if is_gpu else wanted.device_memory)
     host = Tier("host", config.memory or host_memory or max(free, 0))
     host.reserve("runtime", runtime)
     # What was computed on the device or is computed for it: less than all that a step holds.
-    # A GPU's logits come to the host too, and a draft is passed through there.
+    # A GPU's logits come to the host too.
     beside = activation_bytes(model, tokens, logit_rows=LOGIT_ROWS if is_gpu else 0)
-    drafting = 0 if draft is None else activation_bytes(draft.model.config, DRAFT_ROWS)
-    host.reserve("activations", max(beside, drafting) if is_gpu else beside)
-    drafts = host if is_gpu else device
-    for name, num_bytes in draft_weights:
+    host.reserve("activations", beside)
+    drafts, draft_page = host if is_gpu else device, draft_page_bytes(config, draft, shared)
+    _, *drafting = step_parts(config, model, draft, tokens)
+    for name, num_bytes in (*draft_weights, *drafting):
         drafts.reserve(name, num_bytes)
-    room = _host_room(config, files, host.free, page)
-    pages = _pages(config, wanted, files, room, page)
-    host.reserve("KV cache", pages * page)
-    split = MemorySplit((host, device), DEVICE, files.total_experts, pages, tokens)
-    staged = _staged_kv(config, wanted, files, split)
-    activations = activation_bytes(model, tokens) + staged
-    if draft is not None:
-        if draft_page:
-            drafts.reserve("KV cache of the draft", pages * draft_page)
-        drafts.reserve(DISTRIBUTIONS, held[DISTRIBUTIONS])
-    device.reserve("activations", activations if is_gpu else max(activations, drafting))
+    activations = activation_bytes(model, tokens)
+    device.reserve("activations", activations)
     if is_gpu:
         device.reserve("workspace", workspace_bytes(wanted))
-        if not keeps_kv_on_host(wanted):
-            device.reserve("KV cache", pages * page)
+    staged = _staged_kv(config, wanted, files, tokens)
+    # Neither side may be given more pages than the other has room for.
+    host_page = page + (draft_page if is_gpu else 0)
+    device_page = staged + (0 if keeps_kv_on_host(wanted) else page) + (0 if is_gpu else draft_page)
+    room = _host_room(config, files, host.free, host_page)
+    pages = _pages(config, wanted, files, room, host_page)
+    if device_page:
+        room = _room(files, device.free)
+        pages = min(pages, _pages(config, wanted, files, room, device_page))
+    host.reserve("KV cache", pages * page)
+    if draft_page:
+        drafts.reserve("KV cache of the draft", pages * draft_page)
+    device.reserve("activations", activations + pages * staged)
+    if not keeps_kv_on_host(wanted):
+        device.reserve("KV cache", pages * page)
     num_slots = _reserve_slots(files, device)
     total = _experts_bytes(files)
     placement = DEVICE if host.free >= total else DEVICE_AND_DISK
@@ -211,9 +210,9 @@ def _split_device(
         host.reserve("experts", total)
     else:
         host.reserve("experts on their way", HOST_SLOTS * slot_bytes(files.expert_layouts()))
-    distributions = held.get(DISTRIBUTIONS, 0)
+    distributions = dict(drafting).get(DISTRIBUTIONS, 0)
     return MemorySplit(
-        (host, device), placement, num_slots, pages, tokens, draft_page, distributions
+        (host, device), placement, num_slots, pages, tokens, distributions, draft_page
     )
 
 
@@ -235,18 +234,13 @@ def _least_pages(config: EngineConfig, files: ModelFiles) -> int:
 
 
 def _room(files: ModelFiles, free: int) -> int:
-    """Return what the KV cache may take of memory in which experts are used: its share.
-
-    Experts that all fit leave it the rest.
-    """
+    """Return what the KV cache may take beside slots: its share, or what all experts leave."""
     return max(int(KV_SHARE * free), free - _experts_bytes(files))
 
 
 def _host_room(config: EngineConfig, files: ModelFiles, free: int, page: int) -> int:
-    """Return what the KV cache may take of a device's host: what experts leave, if all fit there.
-
-    From disk each would take far longer than from host memory, in every step.
-    """
+    """Return what the KV cache may take of a device's host: what experts leave, if they fit."""
+    # From disk they would take far longer, in every step.
     beside = free - _experts_bytes(files)
     fits = beside >= _least_pages(config, files) * page
     return beside if fits else int(KV_SHARE * free)
@@ -273,10 +267,9 @@ def _reserve_slots(files: ModelFiles, tier: Tier) -> int:
     return num_slots
 
 
-def _staged_kv(
-    config: EngineConfig, wanted: PlannedConfig, files: ModelFiles, split: MemorySplit
-) -> int:
-    """Return the most bytes of keys and values that a schedule has on the device at once."""
+def _staged_kv(config: EngineConfig, wanted: PlannedConfig, files: ModelFiles, tokens: int) -> int:
+    """Return the most bytes that a schedule has on the device at once, for a page of KV."""
+    split = MemorySplit((), DEVICE, files.total_experts, num_pages=1, max_tokens=tokens)
     counts = range(1, min(wanted.num_micro_batches, wanted.num_seqs) + 1)
     plans = (
         build_plan(wanted.schedule, _largest(config, wanted, files, split, count))

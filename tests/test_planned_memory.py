@@ -9,7 +9,12 @@ import pytest
 from budgets import MIB, forget_this_process
 from specmoeoff import LLM, SamplingParams, SpeculativeConfig
 from specmoeoff.config import EngineConfig
-from specmoeoff.engine.memory_plan import open_models, weight_parts
+from specmoeoff.engine.memory_plan import (
+    DRAFT_ROWS,
+    activation_bytes,
+    open_models,
+    weight_parts,
+)
 from specmoeoff.engine.planned_memory import MemorySplit, split_memory
 from specmoeoff.engine.planned_policy import planned_config
 from specmoeoff.offload.planned_experts import slot_bytes
@@ -129,3 +134,19 @@ def test_what_a_draft_shares_goes_to_the_experts(
         assert together["device: expert slots"] > apart["device: expert slots"]
     else:
         assert pages[1] > pages[0]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"device": "cpu", "device_memory": None, "schedule": "specmoeoff"}]
+)
+def test_a_draft_has_activations_beside_the_targets(
+    target: Path, draft: Path, options: dict[str, Any]
+) -> None:
+    speculative = SpeculativeConfig(model=str(draft))
+    split = split_of(target, 200 * MIB, speculative=speculative, **options)
+    alone = split_of(target, 200 * MIB, **options)
+    _, files = open_models(EngineConfig(str(target), speculative=speculative))
+    assert files is not None
+    used = split.tiers[-1].as_dict()
+    assert used["activations"] == alone.tiers[-1].as_dict()["activations"]
+    assert used["draft activations"] == activation_bytes(files.model.config, DRAFT_ROWS)

@@ -44,6 +44,7 @@ DISTRIBUTIONS = "draft distributions"
 DISTRIBUTION_ROWS = 128
 """Most drafts sampled from the whole vocabulary that wait for verification at once; what top_k or
 top_p left is small, and greedy drafts have none."""
+DRAFT_ACTIVATIONS = "draft activations"
 DRAFT_ROWS = 256
 """Most rows of a draft's pass, when it reads what the target has read before it."""
 PAGE_TOKENS = 32
@@ -269,11 +270,15 @@ def _step(
 def step_parts(
     config: EngineConfig, model: ModelConfig, draft: ModelFiles | None, tokens: int
 ) -> list[tuple[str, int]]:
-    """Return what a step of so many tokens holds beside weights and KV."""
+    """Return what a step of so many tokens holds beside weights and KV.
+
+    A draft passes before the target does, but in a plan while other micro-batches are on their way.
+    """
     activations = activation_bytes(model, tokens)
-    if draft is not None:
-        activations = max(activations, activation_bytes(draft.model.config, DRAFT_ROWS))
-    held = [("activations", activations)]
+    drafting = 0 if draft is None else activation_bytes(draft.model.config, DRAFT_ROWS)
+    held = [("activations", activations if config.is_planned else max(activations, drafting))]
+    if drafting and config.is_planned:
+        held.append((DRAFT_ACTIVATIONS, drafting))
     if draft is not None and config.speculative is not None:
         # Every draft token takes a row of the step, so there are no more of them than tokens.
         rows = min(config.max_num_seqs * config.speculative.num_speculative_tokens, tokens)

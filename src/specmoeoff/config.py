@@ -146,7 +146,8 @@ class EngineConfig:
     schedule: str = "auto"
     """The order of work in a step. ``reactive`` reads experts as tokens are routed to them and
     ahead of that; the names of ``pipeline.schedules`` run the plan of that schedule. ``auto`` takes
-    ``reactive`` on the CPU and ``specmoeoff`` elsewhere. The output is the same."""
+    ``reactive`` on the CPU and ``specmoeoff`` elsewhere. On ``cpu`` and ``sim`` the output is the
+    same when it is greedy or sampled without a draft model; else its distribution is."""
     num_micro_batches: int = 2
     """Most parts that a plan cuts a step's sequences into."""
     dtype: Literal["auto"] | Dtype = "float32"

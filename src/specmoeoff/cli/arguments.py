@@ -124,9 +124,9 @@ Schedule = Annotated[
     engine_option(
         "--schedule",
         metavar="NAME",
-        help="Order of work in a step, the output is the same: reactive (read experts as tokens "
-        "need them), or the plan of specmoeoff, zero_inference, flexgen, moe_lightning, moe_gen or "
-        "spec_offload. Default: reactive on cpu, specmoeoff elsewhere.",
+        help="Order of work in a step: reactive (read experts as tokens need them), or the plan of "
+        "specmoeoff, zero_inference, flexgen, moe_lightning, moe_gen or spec_offload. Default: "
+        "reactive on cpu, specmoeoff elsewhere.",
     ),
 ]
 Device = Annotated[

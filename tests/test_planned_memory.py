@@ -9,6 +9,7 @@ import pytest
 from budgets import MIB, forget_this_process
 from specmoeoff import LLM, SamplingParams, SpeculativeConfig
 from specmoeoff.config import EngineConfig
+from specmoeoff.engine import memory_plan
 from specmoeoff.engine.memory_plan import (
     DRAFT_ROWS,
     activation_bytes,
@@ -150,3 +151,16 @@ def test_a_draft_has_activations_beside_the_targets(
     used = split.tiers[-1].as_dict()
     assert used["activations"] == alone.tiers[-1].as_dict()["activations"]
     assert used["draft activations"] == activation_bytes(files.model.config, DRAFT_ROWS)
+
+
+def test_what_is_loaded_is_not_counted_as_the_process_too(
+    target: Path, draft: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = iter([0])
+    monkeypatch.setattr(memory_plan, "resident_bytes", lambda: next(counted, 1 << 40))
+    speculative = SpeculativeConfig(model=str(draft))
+    options = {"device": "sim", "device_memory": 32 * MIB, "num_threads": 1}
+    with LLM(str(target), memory=200 * MIB, speculative_config=speculative, **options) as llm:
+        runtime = dict(llm.policy.reservations)["host: runtime"]
+    parts = (memory_plan.RUNTIME_FLOOR, memory_plan.RUNTIME_MARGIN, memory_plan.THREAD_BYTES)
+    assert runtime == sum(parts)

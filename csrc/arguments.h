@@ -2,10 +2,13 @@
 #pragma once
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
 
 #include <string>
+#include <utility>
 
 #include "array.h"
+#include "int8_dot.h"
 #include "top.h"
 #include "weight.h"
 
@@ -75,6 +78,44 @@ class WeightArgument {
   Array values_;
   Array scales_;
   Weight weight_;
+};
+
+// A matrix for int8_dot: an object with `packed` (int8), `scales` (float32 [N]) and `shape` (N, K).
+// Keeps the arrays alive.
+class Int8DotArgument {
+ public:
+  // Throws TypeError or ValueError naming the argument.
+  Int8DotArgument(nanobind::handle object, const std::string& name) {
+    std::pair<int64_t, int64_t> shape;
+    if (!nanobind::hasattr(object, "packed") || !nanobind::hasattr(object, "scales") ||
+        !nanobind::hasattr(object, "shape") ||
+        !nanobind::try_cast(nanobind::object(object.attr("shape")), shape)) {
+      throw nanobind::type_error((name + " must be an Int8DotWeight, as the others are").c_str());
+    }
+    weight_.n = shape.first;
+    weight_.k = shape.second;
+    if (weight_.n < 0 || weight_.k < 1 || weight_.k > kInt8MostK) {
+      throw nanobind::value_error((name + " has rows of length " + std::to_string(weight_.k) +
+                                   "; it must be 1 to " + std::to_string(kInt8MostK))
+                                      .c_str());
+    }
+    const std::string packed = name + ".packed", scales = name + ".scales";
+    packed_ = Array(nanobind::object(object.attr("packed")), packed.c_str(), {Dtype::kInt8}, 4);
+    scales_ = Array(nanobind::object(object.attr("scales")), scales.c_str(), {Dtype::kFloat32}, 1);
+    RequireShape(packed_, packed.c_str(),
+                 {CeilDivide(weight_.n, kInt8Block), weight_.steps(), kInt8Block, 4});
+    RequireShape(scales_, scales.c_str(), {weight_.n});
+    weight_.packed = packed_.data<int8_t>();
+    weight_.scales = scales_.data<float>();
+  }
+
+  const Int8DotWeight& operator*() const { return weight_; }
+  const Int8DotWeight* operator->() const { return &weight_; }
+
+ private:
+  Array packed_;
+  Array scales_;
+  Int8DotWeight weight_;
 };
 
 // The operands of x @ weight^T + bias; keeps the arrays alive. W is a weight's argument class.

@@ -35,6 +35,16 @@ void RmsNorm(const float* x, const float* weight, float eps, int64_t rows, int64
   ForRows(rows, k, [&](int64_t t) { kernels.rms_norm(x + t * k, weight, eps, k, out + t * k); });
 }
 
+void AddAndNorm(float* x, const float* y, const float* weight, float eps, int64_t rows, int64_t k,
+                float* out) {
+  const ElementwiseKernels& kernels = Current();
+  ForRows(rows, k, [&](int64_t t) {
+    float* const row = x + t * k;
+    for (int64_t i = 0; i < k; ++i) row[i] += y[t * k + i];
+    kernels.rms_norm(row, weight, eps, k, out + t * k);
+  });
+}
+
 void Rope(float* x, const float* cos, const float* sin, int64_t rows, int64_t heads,
           int64_t head_dim, int64_t half) {
   const ElementwiseKernels& kernels = Current();

@@ -30,6 +30,9 @@ extern const ElementwiseKernels kElementwiseAvx2;
 extern const ElementwiseKernels kElementwiseAvx512;
 
 void RmsNorm(const float* x, const float* weight, float eps, int64_t rows, int64_t k, float* out);
+// x += y, then RmsNorm() of x.
+void AddAndNorm(float* x, const float* y, const float* weight, float eps, int64_t rows, int64_t k,
+                float* out);
 void Rope(float* x, const float* cos, const float* sin, int64_t rows, int64_t heads,
           int64_t head_dim, int64_t half);
 void Route(const float* logits, int64_t rows, int64_t experts, int64_t top_k, int32_t* ids,

@@ -1,10 +1,8 @@
 // int8_dot for Python: arguments are checked here, the work runs without the
 // GIL.
 #include <nanobind/nanobind.h>
-#include <nanobind/stl/pair.h>
 
 #include <string>
-#include <utility>
 
 #include "arguments.h"
 #include "expert_ffn_bindings.h"
@@ -14,43 +12,6 @@ namespace nb = nanobind;
 
 namespace specmoeoff {
 namespace {
-
-// An object with `packed` (int8), `scales` (float32 [N]) and `shape` (N, K);
-// keeps the arrays alive.
-class Int8DotArgument {
- public:
-  // Throws TypeError or ValueError naming the argument.
-  Int8DotArgument(nb::handle object, const std::string& name) {
-    std::pair<int64_t, int64_t> shape;
-    if (!nb::hasattr(object, "packed") || !nb::hasattr(object, "scales") ||
-        !nb::hasattr(object, "shape") || !nb::try_cast(nb::object(object.attr("shape")), shape)) {
-      throw nb::type_error((name + " must be an Int8DotWeight, as the others are").c_str());
-    }
-    weight_.n = shape.first;
-    weight_.k = shape.second;
-    if (weight_.n < 0 || weight_.k < 1 || weight_.k > kInt8MostK) {
-      throw nb::value_error((name + " has rows of length " + std::to_string(weight_.k) +
-                             "; it must be 1 to " + std::to_string(kInt8MostK))
-                                .c_str());
-    }
-    const std::string packed = name + ".packed", scales = name + ".scales";
-    packed_ = Array(nb::object(object.attr("packed")), packed.c_str(), {Dtype::kInt8}, 4);
-    scales_ = Array(nb::object(object.attr("scales")), scales.c_str(), {Dtype::kFloat32}, 1);
-    RequireShape(packed_, packed.c_str(),
-                 {CeilDivide(weight_.n, kInt8Block), weight_.steps(), kInt8Block, 4});
-    RequireShape(scales_, scales.c_str(), {weight_.n});
-    weight_.packed = packed_.data<int8_t>();
-    weight_.scales = scales_.data<float>();
-  }
-
-  const Int8DotWeight& operator*() const { return weight_; }
-  const Int8DotWeight* operator->() const { return &weight_; }
-
- private:
-  Array packed_;
-  Array scales_;
-  Int8DotWeight weight_;
-};
 
 void LinearCall(nb::handle x, nb::handle weight, nb::handle bias, nb::handle out_object) {
   const ProductArguments<Int8DotArgument> in(x, weight, bias);

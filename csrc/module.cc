@@ -15,9 +15,8 @@ void BindLinear(nb::module_& m);
 void BindElementwise(nb::module_& m);
 void BindInt8Dot(nb::module_& m);
 void BindRoof(nb::module_& m);
-#if defined(SPECMOEOFF_HAS_ATTENTION)
 void BindAttention(nb::module_& m);
-#endif
+void BindDecoder(nb::module_& m);
 
 NB_MODULE(_native, m) {
   using namespace specmoeoff;
@@ -39,7 +38,6 @@ NB_MODULE(_native, m) {
   BindElementwise(m);
   BindInt8Dot(m);
   BindRoof(m);
-#if defined(SPECMOEOFF_HAS_ATTENTION)
   BindAttention(m);
-#endif
+  BindDecoder(m);
 }

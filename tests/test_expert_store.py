@@ -91,7 +91,7 @@ def check_slots(store: ExpertStore) -> None:
 
 
 def serve_layer(shelf: Shelf, store: ExpertStore, layer: int, wanted: list[int]) -> None:
-    counts = np.zeros(store.num_experts, np.int64)
+    counts = np.zeros(store.num_experts, np.int32)
     counts[wanted] = 1
     got = []
     for run in store.serve(layer, counts):
@@ -226,16 +226,48 @@ def test_resize_gives_memory_back(tmp_path: Path, reader: Reader) -> None:
     layout = lay_out("expert", Checkpoint.open(tmp_path).tensors)
     store = ExpertStore([[layout] * 8], 2, 8, reader)
     store.begin_step(64)
-    for _ in store.serve(0, np.ones(8, np.int64)):
+    for _ in store.serve(0, np.ones(8, np.int32)):
         pass
     full = resident_bytes()
     store.resize(2)
     assert full - resident_bytes() > 5.5 * layout.num_bytes
     store.resize(8)
     assert full - resident_bytes() > 5.5 * layout.num_bytes, "growing costs nothing until used"
-    for run in store.serve(0, np.ones(8, np.int64)):
+    for run in store.serve(0, np.ones(8, np.int32)):
         for _, tensors in run:
             assert (tensors["down"] == 1).all()
+
+
+def test_all_experts_are_resident_once_each_was_served(shelf: Shelf, reader: Reader) -> None:
+    store = make_store(shelf, LAYERS * EXPERTS, reader)
+    assert store.resident() is None
+    run_pass(shelf, store)
+    everything = store.resident()
+    assert everything is not None
+    for layer, experts in enumerate(everything):
+        for expert, tensors in enumerate(experts):
+            shelf.expect(layer, expert, tensors)
+    assert store.resident() is everything
+    wanted = store.stats.wanted_experts
+    store.ran(np.array([[1, 0, 2, 0], [0, 0, 0, 3], [1, 1, 1, 0]], np.int32))
+    assert store.stats.wanted_experts == wanted + 6
+
+
+def test_none_are_once_one_gave_way(shelf: Shelf, reader: Reader) -> None:
+    store = make_store(shelf, LAYERS * EXPERTS, reader)
+    run_pass(shelf, store)
+    before = store.resident()
+    store.resize(LAYERS * EXPERTS - 1)
+    assert store.resident() is None
+    store.resize(LAYERS * EXPERTS)
+    assert store.resident() is None
+    run_pass(shelf, store)
+    after = store.resident()
+    assert after is not None
+    assert after is not before
+    for layer, experts in enumerate(after):
+        for expert, tensors in enumerate(experts):
+            shelf.expect(layer, expert, tensors)
 
 
 @pytest.mark.parametrize("mode", ["belt", "demand"])

@@ -20,19 +20,28 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from specmoeoff.engine.weights import ModelWeights
-    from specmoeoff.kernels import Weight
+    from specmoeoff.kernels import DecoderPass, Weight
     from specmoeoff.models.base import Model
     from specmoeoff.offload.kv_cache import KvCache, KvLayers, KvSequence
+
+    AllExperts = Sequence[Sequence[Mapping[str, Weight]]]
+    """[num_layers][num_experts] of gate, up and down."""
 
 
 class ExpertSource(Protocol):
     """Where a pass gets its experts from."""
 
+    def resident(self) -> AllExperts | None:
+        """Return all experts if they are in memory to stay, the same object while they are."""
+
+    def ran(self, counts: NDArray[np.int32]) -> None:
+        """Note a pass over resident experts: tokens routed to each, [num_layers, E]."""
+
     def begin_step(self, num_tokens: int) -> None:
-        """Say how many tokens the coming pass has."""
+        """Say how many tokens the coming pass has; not called where all are resident."""
 
     def serve(
-        self, layer: int, counts: NDArray[np.int64]
+        self, layer: int, counts: NDArray[np.int32]
     ) -> Iterator[Sequence[tuple[int, Mapping[str, Weight]]]]:
         """Yield the experts with a count, rising, in runs of (expert, gate/up/down)."""
 
@@ -40,14 +49,21 @@ class ExpertSource(Protocol):
 class ResidentExperts:
     """Experts that are all in memory, [num_layers][num_experts]."""
 
-    def __init__(self, experts: Sequence[Sequence[Mapping[str, Weight]]]) -> None:
+    def __init__(self, experts: AllExperts) -> None:
         self._experts = experts
+
+    def resident(self) -> AllExperts:
+        """Return them."""
+        return self._experts
+
+    def ran(self, counts: NDArray[np.int32]) -> None:
+        """Nothing to learn."""
 
     def begin_step(self, num_tokens: int) -> None:
         """Nothing to prepare."""
 
     def serve(
-        self, layer: int, counts: NDArray[np.int64]
+        self, layer: int, counts: NDArray[np.int32]
     ) -> Iterator[Sequence[tuple[int, Mapping[str, Weight]]]]:
         """Yield all wanted experts at once."""
         yield [(int(e), self._experts[layer][int(e)]) for e in np.flatnonzero(counts)]
@@ -75,9 +91,10 @@ class Forward:
         self.kv = kv
         self._weights = weights
         self._experts = experts
-        config = model.config
-        self._scale = config.head_dim**-0.5
-        self._window = config.sliding_window or 0
+        layers = range(len(weights.layers))
+        pages = [(*kv.layer(layer), *kv.scales(layer)) for layer in layers]
+        self._decoder = model.decoder(weights.layers, pages)
+        self._resident: AllExperts | None = None
 
     def run(self, spans: Sequence[Span]) -> NDArray[np.float32]:
         """Run one pass; room for the new tokens must have been reserved in the KV cache.
@@ -86,25 +103,30 @@ class Forward:
             Hidden states of the wanted tokens, span after span, [R, hidden].
         """
         lengths = [len(span.token_ids) for span in spans]
-        self._experts.begin_step(sum(lengths))
+        resident = self._experts.resident()
+        self._use(resident)
+        if resident is None:
+            self._experts.begin_step(sum(lengths))
         positions = np.concatenate(
             [span.kv.length + np.arange(n) for span, n in zip(spans, lengths, strict=True)]
         ).astype(np.int32)
         slots = np.concatenate(
             [self.kv.append(span.kv, n) for span, n in zip(spans, lengths, strict=True)]
         )
-        places = _Places(
-            slots=slots,
-            page_table=self.kv.page_table([span.kv for span in spans]),
-            q_offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
-            kv_lens=np.array([span.kv.length for span in spans], np.int32),
-        )
+        q_offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        kv_lens = np.array([span.kv.length for span in spans], np.int32)
+        page_table = self.kv.page_table([span.kv for span in spans])
         token_ids = np.concatenate([np.asarray(span.token_ids, np.int32) for span in spans])
         x = self.model.embed(self._weights.globals, token_ids)
         rope = self.model.rope_tables(positions)
-        for layer, weights in enumerate(self._weights.layers):
-            self._layer(layer, weights, x, rope, places)
-        return x[_output_rows(spans, places.q_offsets)]
+        layers = self._decoder.begin(x, rope, slots, page_table, q_offsets, kv_lens)
+        if resident is None:
+            for layer in range(self._decoder.num_layers):
+                layers.attend(layer)
+                self._stream_experts(layer, layers, x)
+        else:
+            self._run_resident(layers)
+        return x[_output_rows(spans, q_offsets)]
 
     def logits(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the logits of hidden states: [R, hidden] -> [R, V]."""
@@ -117,85 +139,40 @@ class Forward:
         """
         return self.model.head_best(self._weights.globals, hidden)
 
-    def _layer(
-        self,
-        layer: int,
-        weights: Mapping[str, Weight],
-        x: NDArray[np.float32],
-        rope: tuple[NDArray[np.float32], NDArray[np.float32]],
-        places: _Places,
-    ) -> None:
-        q, k, v = self.model.pre_attention(weights, x, rope)
-        k_pages, v_pages = self.kv.layer(layer)
-        k_scales, v_scales = self.kv.scales(layer)
-        kernels.append_kv(k, v, k_pages, v_pages, places.slots, k_scales, v_scales)
-        attention = kernels.chunked_attention(
-            q,
-            k_pages,
-            v_pages,
-            places.page_table,
-            places.q_offsets,
-            places.kv_lens,
-            self._scale,
-            sliding_window=self._window,
-            k_scales=k_scales,
-            v_scales=v_scales,
-        )
-        h = self.model.post_attention(weights, x, attention)
-        if self.model.num_ffn_experts == 1:
-            self._dense_ffn(layer, h, x)
-        else:
-            expert_ids, expert_weights = self.model.router(weights, h)
-            self._experts_of(layer, h, expert_ids, expert_weights, x)
+    def _use(self, resident: AllExperts | None) -> None:
+        """Have the decoder know all experts, or none."""
+        if resident is self._resident:
+            return
+        experts = None
+        if resident is not None:
+            experts = [[(t["gate"], t["up"], t["down"]) for t in layer] for layer in resident]
+        self._decoder.set_experts(experts)
+        self._resident = resident
 
-    def _dense_ffn(self, layer: int, h: NDArray[np.float32], x: NDArray[np.float32]) -> None:
-        """Add the output of a layer's only expert to x: nothing to route or to gather."""
-        for ((_, t),) in self._experts.serve(layer, np.array([len(h)])):
-            kernels.expert_ffn(
-                h, t["gate"], t["up"], t["down"], x, activations=self.model.activations
-            )
+    def _run_resident(self, layers: DecoderPass) -> None:
+        """Run all layers, their experts where they are."""
+        counts = np.empty((self._decoder.num_layers, self.model.num_ffn_experts), np.int32)
+        for layer, routed in enumerate(counts):
+            layers.attend(layer)
+            layers.run_experts(layer)
+            np.subtract(layers.offsets[1:], layers.offsets[:-1], out=routed)
+        self._experts.ran(counts)
 
-    def _experts_of(
-        self,
-        layer: int,
-        h: NDArray[np.float32],
-        expert_ids: NDArray[np.int32],
-        expert_weights: NDArray[np.float32],
-        x: NDArray[np.float32],
-    ) -> None:
-        """Add the routed experts' outputs to x, expert by expert in rising order."""
-        top_k = expert_ids.shape[1]
-        flat = expert_ids.reshape(-1)
-        order = np.argsort(flat, kind="stable")
-        rows = (order // top_k).astype(np.int32)
-        row_weights = expert_weights.reshape(-1)[order]
-        counts = np.bincount(flat, minlength=self.model.num_ffn_experts)
-        ends = np.cumsum(counts)
-        for run in self._experts.serve(layer, counts):
-            first, last = run[0][0], run[-1][0]
-            start = int(ends[first] - counts[first])
-            offsets = np.array([0, *(int(ends[e]) - start for e, _ in run)], np.int32)
-            part = slice(start, int(ends[last]))
-            experts = [(t["gate"], t["up"], t["down"]) for _, t in run]
+    def _stream_experts(self, layer: int, routed: DecoderPass, x: NDArray[np.float32]) -> None:
+        """Add the routed experts' outputs to x, in rising order, as they arrive."""
+        offsets = routed.offsets
+        for run in self._experts.serve(layer, np.diff(offsets)):
+            # Those in between have no rows, so each ends where the next of the run begins.
+            bounds = offsets[[*(e for e, _ in run), run[-1][0] + 1]]
             kernels.expert_ffn_many(
-                h,
-                experts,
-                offsets,
-                rows[part],
-                row_weights[part],
+                routed.h,
+                [(t["gate"], t["up"], t["down"]) for _, t in run],
+                bounds,
+                routed.rows,
+                routed.row_weights,
                 x,
                 activations=self.model.activations,
             )
-
-
-@dataclass(frozen=True)
-class _Places:
-    """Where this pass's tokens are written and what they attend to."""
-
-    slots: NDArray[np.int32]
-    page_table: NDArray[np.int32]
-    q_offsets: NDArray[np.int32]
-    kv_lens: NDArray[np.int32]
 
 
 def _output_rows(spans: Sequence[Span], q_offsets: NDArray[np.int32]) -> NDArray[np.int64]:

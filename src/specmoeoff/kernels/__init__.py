@@ -1,5 +1,6 @@
 """The functions every model calls: native ones, specified by ``reference``."""
 
+from specmoeoff.kernels.decoder import Decoder, DecoderPass, DecoderShape
 from specmoeoff.kernels.native import (
     append_kv,
     chunked_attention,
@@ -35,6 +36,9 @@ from specmoeoff.kernels.weights import (
 
 __all__ = [
     "Activations",
+    "Decoder",
+    "DecoderPass",
+    "DecoderShape",
     "Int4Weight",
     "Int8DotWeight",
     "Int8Weight",

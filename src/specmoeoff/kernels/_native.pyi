@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from numpy.typing import NDArray
@@ -104,3 +104,46 @@ def num_threads() -> int: ...
 def set_num_threads(n: int) -> None: ...
 def measure_read_bandwidth(data: F32, repeats: int = 5) -> float: ...
 def measure_fma(repeats: int = 5) -> float: ...
+
+class Decoder:
+    def __init__(
+        self,
+        *,
+        layers: Sequence[Mapping[str, Weight]],
+        pages: Sequence[tuple[Array, Array, F32 | None, F32 | None]],
+        hidden: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        num_experts: int,
+        top_k: int,
+        eps: float,
+        scale: float,
+        sliding_window: int,
+        bfloat16: bool,
+    ) -> None: ...
+    @property
+    def row_floats(self) -> int: ...
+    def set_experts(
+        self, experts: Sequence[Sequence[tuple[Weight, Weight, Weight]]] | None
+    ) -> None: ...
+
+class DecoderPass:
+    def __init__(
+        self,
+        decoder: Decoder,
+        x: F32,
+        cos: F32,
+        sin: F32,
+        slots: I32,
+        page_tables: I32,
+        q_offsets: I32,
+        kv_lens: I32,
+        workspace: F32,
+        h: F32,
+        rows: I32,
+        row_weights: F32,
+        offsets: I32,
+    ) -> None: ...
+    def attend(self, layer: int) -> None: ...
+    def experts(self, layer: int) -> None: ...

@@ -7,7 +7,7 @@ Letters: T tokens, R rows, H query heads, G KV heads, D head size, V vocabulary,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,13 +16,16 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from specmoeoff.config import ModelConfig
-    from specmoeoff.kernels import Activations
+    from specmoeoff.kernels import Activations, Decoder
 
 F32 = NDArray[np.float32]
 I32 = NDArray[np.int32]
 
 Weights = Mapping[str, Any]
 """Canonical name -> ``kernels.Weight`` (matrices) or float32 vector (norms and biases)."""
+
+KvPages = tuple[NDArray[Any], NDArray[Any], F32 | None, F32 | None]
+"""A layer's k_pages, v_pages, k_scales and v_scales; see ``offload.kv_cache``."""
 
 RopeTables = tuple[F32, F32]
 """cos and sin, each [T, rotary / 2]."""
@@ -64,6 +67,12 @@ class Model(Protocol):
 
     def rope_tables(self, positions: I32) -> RopeTables:
         """Return cos and sin [T, rotary / 2] of positions int32 [T], attention scaling included."""
+
+    def decoder(self, layers: Sequence[Weights], pages: Sequence[KvPages]) -> Decoder:
+        """Return the layers, with their KV pages, as a ``kernels.Decoder``.
+
+        Its passes are ``pre_attention``, attention, ``post_attention`` and ``router``, bit for bit.
+        """
 
     def pre_attention(self, weights: Weights, x: F32, rope: RopeTables) -> tuple[F32, F32, F32]:
         """Norm, project and rotate: x [T, hidden] -> q [T, H, D], k [T, G, D], v [T, G, D]."""

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from specmoeoff import kernels
-from specmoeoff.models.base import F32, I32, RopeTables, TensorSpec, Weights
+from specmoeoff.kernels import Decoder, DecoderShape
+from specmoeoff.models.base import F32, I32, KvPages, RopeTables, TensorSpec, Weights
 from specmoeoff.models.rope import Rope
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from specmoeoff.config import ModelConfig
     from specmoeoff.kernels import Activations, Weight
 
@@ -80,6 +83,23 @@ class Llama:
     def rope_tables(self, positions: I32) -> RopeTables:
         """Return cos and sin [T, rotary / 2] of positions int32 [T], attention scaling included."""
         return self._rope.tables(positions)
+
+    def decoder(self, layers: Sequence[Weights], pages: Sequence[KvPages]) -> Decoder:
+        """Return the layers, with their KV pages, as a ``kernels.Decoder``."""
+        config = self.config
+        shape = DecoderShape(
+            hidden=config.hidden_size,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            num_experts=self.num_ffn_experts,
+            top_k=1 if self.num_ffn_experts == 1 else config.num_experts_per_tok,
+            eps=config.rms_norm_eps,
+            scale=config.head_dim**-0.5,
+            sliding_window=config.sliding_window or 0,
+            activations=self.activations,
+        )
+        return Decoder(shape, layers, pages)
 
     def pre_attention(self, weights: Weights, x: F32, rope: RopeTables) -> tuple[F32, F32, F32]:
         """Norm, project and rotate: x [T, hidden] -> q [T, H, D], k [T, G, D], v [T, G, D]."""

@@ -91,6 +91,7 @@ class ExpertStore:
         self._slot_of = np.full(self._total, -1, np.int64)
         self._reads: dict[int, Read] = {}
         self._views: dict[int, tuple[int, Tensors]] = {}  # slot -> expert, tensors
+        self._all: list[list[Tensors]] | None = None
         self._held: list[int] = []
         self._per_token = np.full(self._total, experts_per_token / self.num_experts)
         self._wanted = np.ones(self._total)
@@ -103,6 +104,23 @@ class ExpertStore:
 
     # -- what the engine calls ------------------------------------------------------------------
 
+    def resident(self) -> list[list[Tensors]] | None:
+        """Return all experts, [num_layers][num_experts], if each has its slot and its bytes.
+
+        The same object is returned as long as none has moved.
+        """
+        if self._all is None and self.resident_experts == self._total and not self._reads:
+            layers = range(self.num_layers)
+            first = [layer * self.num_experts for layer in layers]
+            self._all = [
+                [self._tensors(at + expert) for expert in range(self.num_experts)] for at in first
+            ]
+        return self._all
+
+    def ran(self, counts: NDArray[np.int32]) -> None:
+        """Note a pass over resident experts: tokens routed to each, [num_layers, num_experts]."""
+        self.stats.wanted_experts += int(np.count_nonzero(counts))
+
     def begin_step(self, num_tokens: int) -> None:
         """Say how many tokens the coming pass routes, and start reading ahead for it."""
         self._begin()
@@ -112,7 +130,7 @@ class ExpertStore:
         self._wanted = 1.0 - (1.0 - per_token) ** max(num_tokens, 1)
         self._read_ahead()
 
-    def serve(self, layer: int, counts: NDArray[np.int64]) -> Iterator[list[tuple[int, Tensors]]]:
+    def serve(self, layer: int, counts: NDArray[np.int32]) -> Iterator[list[tuple[int, Tensors]]]:
         """Yield a layer's wanted experts in rising order, in runs, as their bytes arrive.
 
         Args:
@@ -365,11 +383,13 @@ class ExpertStore:
             with contextlib.suppress(StreamError):
                 read.wait()
         memory = self._arena.bytes[: self.max_slots * self.slot_bytes].reshape(self.max_slots, -1)
+        self._all = None
         memory[other] = memory[slot]
         self._slot_of[index] = other
 
     def _release_slot(self, index: int) -> int:
         """Take an expert's slot away; whatever was read ahead for it is forgotten."""
+        self._all = None  # first: an interrupt after the next line must not leave it
         slot = int(self._slot_of[index])
         self._slot_of[index] = -1
         self._passing[index] = 0.0
@@ -378,7 +398,7 @@ class ExpertStore:
             del self._reads[index]
         return slot
 
-    def _learn(self, first: int, counts: NDArray[np.int64]) -> None:
+    def _learn(self, first: int, counts: NDArray[np.int32]) -> None:
         """Update the routing probabilities of a layer from the tokens each expert got."""
         num_tokens = max(int(counts.sum()) // self._experts_per_token, 1)
         per_token = self._per_token[first : first + self.num_experts]

@@ -349,19 +349,23 @@ def test_a_bug_just_when_a_sequence_has_ended(
     assert all(request.is_finished for request in requests)
 
 
-@pytest.mark.parametrize("kernel", ["expert_ffn_many", "chunked_attention", "append_kv"])
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(kernels, "expert_ffn_many"), (kernels.DecoderPass, "attend"), (kernels.Decoder, "begin")],
+)
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), RuntimeError("surprise")])
 @pytest.mark.parametrize("call", [1, 5, 37])
 def test_an_exception_in_the_middle_of_a_step(
     llm: LLM,
     expected: list[list[int]],
     monkeypatch: pytest.MonkeyPatch,
-    kernel: str,
+    owner: object,
+    name: str,
     error: BaseException,
     call: int,
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, kernel, failing_every(call, error, getattr(kernels, kernel)))
+        patch.setattr(owner, name, failing_every(call, error, getattr(owner, name)))
         with pytest.raises(type(error)):
             llm.generate(PROMPTS, GREEDY)
     assert not llm._engine.has_work

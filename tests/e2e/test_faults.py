@@ -350,8 +350,7 @@ def test_a_bug_just_when_a_sequence_has_ended(
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"),
-    [(kernels, "expert_ffn_many"), (kernels.DecoderPass, "attend"), (kernels.Decoder, "begin")],
+    ("owner", "name"), [(kernels, "expert_ffn_many"), (kernels.DecoderPass, "attend")]
 )
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), RuntimeError("surprise")])
 @pytest.mark.parametrize("call", [1, 5, 37])

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from specmoeoff.config import Dtype, ExpertMode, KvDtype, Policy
-    from specmoeoff.engine.engine import Update
+    from specmoeoff.engine.commit import Update
     from specmoeoff.engine.sequence import Request
     from specmoeoff.engine.sequence import Sequence as EngineSequence
     from specmoeoff.engine.stats import EngineStats

@@ -9,6 +9,7 @@ The ``tokenizers`` library is imported when a tokenizer is loaded, not before.
 
 from __future__ import annotations
 
+import copy
 import reprlib
 from typing import TYPE_CHECKING, Any
 
@@ -147,6 +148,12 @@ class Detokenizer:
         self._min_tokens = params.min_tokens
         self._num_tokens = 0
 
+    def fork(self) -> Detokenizer:
+        """Return one that goes on from here; neither changes the other."""
+        twin = copy.copy(self)
+        twin._decoder, twin._stops = self._decoder.fork(), copy.copy(self._stops)
+        return twin
+
     def append(self, token_ids: Sequence[int]) -> tuple[str, int, str | None]:
         """Add tokens; how they are grouped into calls never changes the result.
 
@@ -194,6 +201,12 @@ class _GrowingText:
         # The prompt may end within a character. If the output does not complete it, it is the
         # prompt's alone.
         self._prompt_held = self._decode()[self._num_given :]
+
+    def fork(self) -> _GrowingText:
+        """See ``Detokenizer.fork``."""
+        twin = copy.copy(self)
+        twin._window = list(self._window)
+        return twin
 
     def append(self, token_id: int) -> str:
         """Add a token and return the text that can no longer change."""

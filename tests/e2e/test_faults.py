@@ -423,7 +423,7 @@ def test_the_engine_goes_on_after_a_failed_step(
                 with pytest.raises(StreamError):
                     engine.step()
         engine.step()
-    assert all(request.num_preemptions >= 2 for request in requests)
+    assert not any(request.num_preemptions for request in requests)
     assert [request.sequences[0].output_token_ids for request in requests] == expected
 
 

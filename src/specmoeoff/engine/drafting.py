@@ -29,6 +29,8 @@ class Drafting:
         self.draft_s = 0.0
         """Seconds that the drafter took."""
         self._batch = batch
+        # Taken now: after a failure the sequences go on with others, see commit.py.
+        self._requests = [_request(work) for work in batch]
         self._drafter = drafter
 
     def spans(self) -> list[Span]:
@@ -43,26 +45,25 @@ class Drafting:
         """
         start = time.perf_counter()
         if self._drafter is not None:
-            reading = [self._batch[i] for i in places if not self._batch[i].decodes]
+            reading = [i for i in places if not self._batch[i].decodes]
             self._drafter.prefill(
-                [_request(work) for work in reading],
-                [work.sequence.kv.length + work.num_tokens for work in reading],
+                [self._requests[i] for i in reading],
+                [self._requests[i].kv.length + self._batch[i].num_tokens for i in reading],
             )
             drafted = [i for i in places if self._batch[i].num_drafts]
             held_bytes = sum(proposal.num_bytes for proposal in self.proposals)
-            made = self._drafter.propose([_request(self._batch[i]) for i in drafted], held_bytes)
+            made = self._drafter.propose([self._requests[i] for i in drafted], held_bytes)
             for i, proposal in zip(drafted, made, strict=True):
                 self.proposals[i] = proposal
         self.draft_s += time.perf_counter() - start
         return [self._span(place) for place in places]
 
     def _span(self, place: int) -> Span:
-        work, proposal = self._batch[place], self.proposals[place]
-        sequence = work.sequence
-        start = sequence.kv.length
-        token_ids = sequence.token_ids[start : start + work.num_tokens] + proposal.token_ids
+        work, request, proposal = self._batch[place], self._requests[place], self.proposals[place]
+        start = request.kv.length
+        token_ids = [*request.token_ids[start : start + work.num_tokens], *proposal.token_ids]
         left = work.num_drafts - len(proposal.token_ids)
-        return Span(sequence.kv, token_ids, num_outputs(work, proposal), left)
+        return Span(request.kv, token_ids, num_outputs(work, proposal), left)
 
 
 def _request(work: Scheduled) -> DraftRequest:

@@ -6,11 +6,13 @@ and tokens; text comes in and goes out through llm.py.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from specmoeoff import kernels
+from specmoeoff.engine.commit import Before, Update, extend
 from specmoeoff.engine.drafting import Drafting
 from specmoeoff.engine.memory_plan import peak_resident_bytes
 from specmoeoff.engine.scheduler import Scheduled, Scheduler
@@ -19,7 +21,6 @@ from specmoeoff.engine.stats import EngineStats, StepFigures
 from specmoeoff.engine.verification import needs_logits, verify_batch
 from specmoeoff.errors import InvalidInputError, StreamError
 from specmoeoff.sampling import SequenceSampler
-from specmoeoff.speculative.verify import Verification, truncate_at_stop
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,22 +28,11 @@ if TYPE_CHECKING:
     from specmoeoff.config import ModelConfig, Policy
     from specmoeoff.engine.memory_plan import MemoryPlan
     from specmoeoff.engine.target import Target
-    from specmoeoff.outputs import FinishReason
     from specmoeoff.sampling_params import SamplingParams
     from specmoeoff.speculative.budget import AdaptiveBudget, FixedBudget
     from specmoeoff.speculative.drafter import Drafter, Proposal
+    from specmoeoff.speculative.verify import Verification
     from specmoeoff.text import Detokenizer
-
-
-@dataclass(frozen=True)
-class Update:
-    """What a step added to one sequence."""
-
-    sequence: Sequence
-    token_ids: list[int]
-    text: str
-    ends_request: bool = False
-    """Whether this was the last sample of its request to end."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +63,8 @@ class Engine:
             self._release_draft,
         )
         self._num_requests = 0
+        self._updates: list[Update] = []
+        """What a step made, until it is returned."""
         self._is_closed = False
 
     # -- requests -------------------------------------------------------------------------------
@@ -114,10 +106,11 @@ class Engine:
 
     def abort(self, request: Request) -> None:
         """End a request's unfinished samples now."""
-        for sequence in request.sequences:
-            if sequence.finish_reason is None:
-                sequence.finish_reason = "abort"
-                self._retire(sequence)
+        unfinished = [each for each in request.sequences if each.finish_reason is None]
+        for sequence in unfinished:
+            sequence.finish_reason = "abort"
+        self._updates = [each for each in self._updates if each.sequence.request is not request]
+        self._retire(unfinished)
 
     @property
     def policy(self) -> Policy:
@@ -131,20 +124,29 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether any request is unfinished."""
-        return self._scheduler.has_work
+        """Whether any request is unfinished, or what it gained not yet told."""
+        return self._scheduler.has_work or bool(self._updates)
 
     # -- the step -------------------------------------------------------------------------------
 
     def step(self) -> list[Update]:
         """Run one step over everything that can run.
 
+        A step that fails changes no sequence: the next one does what it would have done. Where
+        only letting go of those that ended has failed, the next one returns what it had made.
+
         Raises:
-            StreamError: Weights could not be read. Finished requests are whole; the others keep
-                their tokens and can go on with the next step.
+            StreamError: Weights could not be read.
         """
         if self._is_closed:
             raise StreamError("this engine was closed; make a new one")
+        updates = self._updates = self._updates or self._run()
+        self._retire([each.sequence for each in updates if each.sequence.finish_reason is not None])
+        self._updates = []
+        return updates
+
+    def _run(self) -> list[Update]:
+        """Schedule, propose, run the pass, verify and commit, or leave all as it was."""
         start = time.perf_counter()
         num_decoding = sum(sequence.is_decoding for sequence in self._scheduler.running)
         num_drafts = 0
@@ -157,17 +159,21 @@ class Engine:
         drafting = Drafting(batch, self._drafter)
         proposals = drafting.proposals
         propose = drafting.with_drafts if self._drafter is not None else None
+        begun = [Before.of(work.sequence) for work in batch]
         try:
             # Tokens are proposed within the pass, so that a plan can draft some while others run.
             hidden = self._target.run(drafting.spans(), propose)
             verifications = verify_batch(self._target, batch, proposals, hidden)
-            updates = self._commit(batch, proposals, verifications)
+            updates = self._commit(batch, verifications)
         except BaseException:
-            self._forget_pass(batch)
+            for before in begun:
+                before.restore()
+            for work in batch:
+                self._release_draft(work.sequence)
             raise
         self._stats.draft_s += drafting.draft_s
         figures = StepFigures.of(batch, proposals, verifications, time.perf_counter() - start)
-        self._stats.add(figures)
+        self._count(figures, batch, proposals, verifications, updates)
         if self._drafter is not None and figures.prompt_rows == 0:
             self._parts.budget.observe(
                 num_decoding, num_drafts, figures.step_s, figures.judged, figures.accepted
@@ -182,80 +188,61 @@ class Engine:
         self._target.lend(spare)
 
     def _commit(
-        self,
-        batch: list[Scheduled],
-        proposals: list[Proposal],
-        verifications: list[Verification | None],
+        self, batch: list[Scheduled], verifications: list[Verification | None]
     ) -> list[Update]:
         """Add the verified tokens to their sequences, up to where each one stops."""
-        now = time.monotonic()
         updates = []
-        for work, proposal, verification in zip(batch, proposals, verifications, strict=True):
-            request = work.sequence.request
-            if request.first_scheduled_time is None:
-                request.first_scheduled_time = now
+        for work, verification in zip(batch, verifications, strict=True):
             if verification is not None:
-                request.num_drafted_tokens += len(proposal.token_ids)
-                request.num_accepted_tokens += verification.num_accepted
-                updates.append(self._extend(work, verification))
-                if request.first_token_time is None:
-                    request.first_token_time = now
+                sequence = work.sequence
+                updates.append(extend(sequence, verification, self._parts.config.eos_token_ids))
+                # What was rejected, and what came after a stop, is cut off by length alone.
+                self._target.kv.truncate(sequence.kv, len(sequence.token_ids) - 1)
         return updates
 
-    def _extend(self, work: Scheduled, verification: Verification) -> Update:
-        sequence, request = work.sequence, work.sequence.request
-        stop_reason: int | str | None
-        kept, finish_reason, stop_reason = truncate_at_stop(
-            verification.token_ids,
-            request.params,
-            self._parts.config.eos_token_ids,
-            sequence.num_output_tokens,
-            request.max_output_tokens,
-        )
-        text = ""
-        if sequence.detokenizer is not None:
-            kept, text, stop_string = _decode(sequence.detokenizer, kept, finish_reason)
-            if stop_string is not None:
-                finish_reason, stop_reason = "stop", stop_string
-        if verification.logprobs is not None:
-            sequence.logprobs.extend(verification.logprobs[: len(kept)])
-        sequence.token_ids.extend(kept)
-        sequence.text += text
-        # Only now: a sequence whose end is known has all of its tokens, see _forget_pass.
-        sequence.finish_reason, sequence.stop_reason = finish_reason, stop_reason
-        self._stats.generated_tokens += len(kept)
-        self._stats.decode_tokens += len(kept) if work.decodes else 0
-        # What was rejected, and what came after a stop, is cut off by length alone.
-        self._target.kv.truncate(sequence.kv, len(sequence.token_ids) - 1)
-        if sequence.finish_reason is not None:
-            self._retire(sequence)
-        return Update(sequence, kept, text, request.is_finished)
-
-    def _retire(self, sequence: Sequence) -> None:
-        self._scheduler.remove(sequence)
-        self._release_draft(sequence)
-        self._target.rebalance()
-        if sequence.request.is_finished:
-            sequence.request.finished_time = time.monotonic()
+    def _retire(self, sequences: list[Sequence]) -> None:
+        """Let go of sequences that have ended: of all of them, whatever fails with one."""
+        if not sequences:
+            return
+        now = time.monotonic()
+        # The last one entered is called first.
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._target.rebalance)
+            for sequence in reversed(sequences):
+                if sequence.request.is_finished:
+                    sequence.request.finished_time = now
+                stack.callback(self._release_draft, sequence)
+                stack.callback(self._scheduler.remove, sequence)
 
     def _release_draft(self, sequence: Sequence) -> None:
         if self._drafter is not None:
             self._drafter.release(sequence.key)
 
-    def _forget_pass(self, batch: list[Scheduled]) -> None:
-        """After a failure: whatever the pass wrote is dropped, and its sequences start over.
-
-        But one that has ended is only kept from leaving, and leaves now.
-        """
-        for work in reversed(batch):
-            if work.sequence not in self._scheduler.running:
-                continue
-            if work.sequence.finish_reason is not None:
-                self._retire(work.sequence)
-            else:
-                self._scheduler.preempt(work.sequence)
-
     # -- figures --------------------------------------------------------------------------------
+
+    def _count(
+        self,
+        figures: StepFigures,
+        batch: list[Scheduled],
+        proposals: list[Proposal],
+        verifications: list[Verification | None],
+        updates: list[Update],
+    ) -> None:
+        """Count a step that has succeeded, for the engine and for each request."""
+        now = time.monotonic()
+        self._stats.add(figures)
+        for work, proposal, verification in zip(batch, proposals, verifications, strict=True):
+            request = work.sequence.request
+            request.first_scheduled_time = request.first_scheduled_time or now
+            if verification is not None:
+                request.first_token_time = request.first_token_time or now
+                request.num_drafted_tokens += len(proposal.token_ids)
+                request.num_accepted_tokens += verification.num_accepted
+        decoding = {work.sequence for work in batch if work.decodes}
+        for update in updates:
+            self._stats.generated_tokens += len(update.token_ids)
+            if update.sequence in decoding:
+                self._stats.decode_tokens += len(update.token_ids)
 
     def stats(self) -> EngineStats:
         """Return the counters up to now."""
@@ -272,24 +259,6 @@ class Engine:
         """End the target's reading within two seconds; the engine cannot step afterwards."""
         self._is_closed = True
         self._target.close()
-
-
-def _decode(
-    detokenizer: Detokenizer, kept: list[int], finish_reason: FinishReason | None
-) -> tuple[list[int], str, str | None]:
-    """Decode new tokens; a stop string ends the sequence at the token that completes it.
-
-    Returns:
-        The tokens that stay, their text, and the stop string that was found.
-    """
-    # The token that ends a sequence is returned, but it is no part of the text.
-    shown = kept[:-1] if finish_reason == "stop" else kept
-    text, consumed, stop_string = detokenizer.append(shown)
-    if stop_string is not None:
-        return kept[:consumed], text, stop_string
-    if finish_reason is not None:
-        text += detokenizer.flush()
-    return kept, text, None
 
 
 def _check_prompt(token_ids: list[int], vocab_size: int, max_model_len: int) -> None:

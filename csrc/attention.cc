@@ -121,11 +121,18 @@ size_t MakePlan(const AttentionCall& call, int num_sequences, Plan& plan) {
   }
 }
 
+// What the thread that does item i will do next if all take as long.
+const AttentionItem* NextOf(const std::vector<AttentionItem>& items, int64_t i) {
+  const size_t next = static_cast<size_t>(i) + NumThreads();
+  return next < items.size() ? &items[next] : nullptr;
+}
+
 void AttendByRange(const AttentionCall& call, const AttentionKernels& kernels, size_t scratch_bytes,
                    size_t floats, Plan& plan) {
   float* const partials = plan.Partials(floats);
   ParallelFor(static_cast<int64_t>(plan.pieces.size()), [&](int64_t i) {
-    kernels.attend(call, plan.pieces[i], static_cast<float*>(ThreadScratch(scratch_bytes)),
+    kernels.attend(call, plan.pieces[i], NextOf(plan.pieces, i),
+                   static_cast<float*>(ThreadScratch(scratch_bytes)),
                    partials + plan.partial_offsets[i]);
   });
   ParallelFor(static_cast<int64_t>(plan.items.size()), [&](int64_t i) {
@@ -171,8 +178,8 @@ uint64_t VisibleTokens(const AttentionCall& call, int sequence, int query, int64
 int64_t AttentionScratchFloats(int head_dim, int num_states) {
   const int64_t padded = AttentionPaddedDim(head_dim);
   const int64_t states = (num_states + 15) / 16 * 16;  // rows are at most states
-  return states * (3 * padded + 2 * 16 + 3 + 2 * kAttentionBlock + 4) +
-         kAttentionBlock * (2 * padded);
+  const int64_t stage = kAttentionBlock + 1 + 2 * (kAttentionBlock / 64);
+  return states * (3 * padded + 2 * 16 + 3 + 2 * stage) + kAttentionBlock * (2 * padded);
 }
 
 void ChunkedAttention(const AttentionCall& call, int num_sequences) {
@@ -187,7 +194,8 @@ void ChunkedAttention(const AttentionCall& call, int num_sequences) {
     return;
   }
   ParallelFor(static_cast<int64_t>(plan.items.size()), [&](int64_t i) {
-    kernels.attend(call, plan.items[i], static_cast<float*>(ThreadScratch(bytes)), nullptr);
+    kernels.attend(call, plan.items[i], NextOf(plan.items, i),
+                   static_cast<float*>(ThreadScratch(bytes)), nullptr);
   });
 }
 

@@ -11,10 +11,12 @@
 // Order of every sum (why a row's bits depend on nothing but the row): KV is walked in blocks of
 // kBlock tokens aligned at position 0. A score is a chain of fused multiply-adds over d = 0, 1, ...
 // An output element is a chain over visible tokens in rising order. The softmax sum has 16 partials
-// (token mod 16), combined as (j, j+8), (j, j+4), (j, j+2), (j, j+1). The running maximum, sum and
-// output restart every kRange tokens, and the ranges are combined in rising order. The result is
-// multiplied by the reciprocal of the sum. Page size, number of queries, tiling, batch mates,
-// threads and CPU target change none of this.
+// (token mod 16), combined as (j, j+8), (j, j+4), (j, j+2), (j, j+1). Probabilities are relative to
+// a reference: the largest score of the block in which it was last set, and it is set again in a
+// block that has one larger by more than kSlack (in powers of two), which is seldom; sum and output
+// are then rescaled. Reference, sum and output restart every kRange tokens, and the ranges are
+// combined in rising order. The result is multiplied by the reciprocal of the sum. Page size,
+// number of queries, tiling, batch mates, threads and CPU target change none of this.
 #pragma once
 
 #include <cstddef>
@@ -22,8 +24,9 @@
 
 namespace specmoeoff {
 
-inline constexpr int kAttentionBlock = 64;
+inline constexpr int kAttentionBlock = 128;
 inline constexpr int kAttentionRange = 1024;
+inline constexpr float kAttentionSlack = 8.0f;
 inline constexpr int kAttentionMaxHeadDim = 1024;
 // Rows (query token x query head of the group) that share one pass over the KV.
 inline constexpr int kAttentionMaxRows = 128;
@@ -74,7 +77,8 @@ struct AttentionItem {
   int range;     // the KV range to do, or -1 for all of them and the final result
 };
 
-// Floats of one row's result over one range: 16 partial sums, maximum, seen flag, padding, output.
+// Floats of one row's result over one range: 16 partial sums, reference, seen flag, padding,
+// output.
 inline int AttentionPaddedDim(int head_dim) { return (head_dim + 15) / 16 * 16; }
 inline int64_t AttentionPartialFloats(int head_dim) { return 32 + AttentionPaddedDim(head_dim); }
 // Floats of scratch that one thread needs for items of up to `num_states` rows times KV heads;
@@ -83,9 +87,10 @@ int64_t AttentionScratchFloats(int head_dim, int num_states);
 
 struct AttentionKernels {
   // Does an item. `partial` [num_kv_heads, num_rows, AttentionPartialFloats] takes the result of a
-  // single range; unused (null) if item.range is -1.
-  void (*attend)(const AttentionCall& call, const AttentionItem& item, float* scratch,
-                 float* partial);
+  // single range; unused (null) if item.range is -1. `next` (or null) is the item this thread will
+  // do next, as far as one can tell: its first KV is prefetched.
+  void (*attend)(const AttentionCall& call, const AttentionItem& item, const AttentionItem* next,
+                 float* scratch, float* partial);
   // Combines the partial results [num_ranges, num_kv_heads, num_rows, ...] of all ranges and writes
   // the rows.
   void (*combine)(const AttentionCall& call, const AttentionItem& item, float* scratch,

@@ -154,6 +154,16 @@ def test_extreme_scores_and_values() -> None:
     np.testing.assert_allclose(result, problem.expected(), rtol=2**-7, atol=1e-6)
 
 
+@pytest.mark.parametrize("step", [-6.0, 0.1, 3.0, 5.5, 7.0, 40.0])
+def test_scores_that_rise_from_block_to_block(step: float) -> None:
+    """The reference of the probabilities moves at once, after some blocks, or not at all."""
+    problem = make_problem([1100], [3], num_heads=2, num_kv_heads=1, head_dim=16, spread=0.1)
+    problem.q[:, :, 0] = 1.0
+    block = np.arange(1100) // 128
+    problem.keys[0][:, 0, 0] = step * block / problem.scale
+    check(problem)
+
+
 def parts(problem: Problem, sizes: list[int]) -> np.ndarray:
     """Attend a single sequence's queries in pieces, each seeing what it may of the KV."""
     assert sum(sizes) == problem.num_queries[0]

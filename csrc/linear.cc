@@ -10,7 +10,7 @@
 namespace specmoeoff {
 namespace {
 
-constexpr int64_t kPieceBytes = 128 << 10;  // weights per piece: long enough to hide its start
+constexpr int64_t kPieceBytes = 256 << 10;  // weights per piece: long enough to hide its start
 constexpr int64_t kPackedFloats = 512 << 10;
 constexpr int64_t kLeastChunk = 48;        // rows below which weights would be read too often
 constexpr int64_t kPackFloats = 16 << 10;  // packed per piece; less is not worth sharing

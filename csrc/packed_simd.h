@@ -20,15 +20,16 @@ struct PackedRuns {
     return {_mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), 23), _mm512_slli_epi16(twice, 7)};
   }
 
-  inline __attribute__((always_inline)) void Unpack(const uint8_t* run, float* out) const {
-    const __m512i codes =
-        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(run)));
-    _mm512_storeu_ps(out, Join(run + 16, _mm512_permutexvar_epi32(codes, exponents)));
-    const __m512i high = _mm512_srli_epi32(codes, 4);
-    _mm512_storeu_ps(out + 16, Join(run + 32, _mm512_permutexvar_epi32(high, exponents)));
+  // Elements 0 to 15 of a run, or the sixteen after them.
+  template <int kHalf>
+  inline __attribute__((always_inline)) Vec Sixteen(const uint8_t* run) const {
+    __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(run)));
+    if constexpr (kHalf == 1) codes = _mm512_srli_epi32(codes, 4);
+    return Join(run + 16 + 16 * kHalf, _mm512_permutexvar_epi32(codes, exponents));
   }
 
-  inline __attribute__((always_inline)) void Unpack(const uint8_t* run, uint16_t* out) const {
+  // A run as bfloat16.
+  inline __attribute__((always_inline)) __m512i Words(const uint8_t* run) const {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(run));
     const __m512i codes = _mm512_cvtepu8_epi16(_mm256_broadcastsi128_si256(bytes));
     const __m512i shifts = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
@@ -37,9 +38,16 @@ struct PackedRuns {
         _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(run + 16)));
     const __m512i both = _mm512_mullo_epi16(rest, _mm512_set1_epi16(0x101));
     // 0xea: exponent | both & mask
-    _mm512_storeu_si512(
-        out, _mm512_ternarylogic_epi32(both, _mm512_set1_epi16(static_cast<int16_t>(0x807f)),
-                                       exponent, 0xea));
+    return _mm512_ternarylogic_epi32(both, _mm512_set1_epi16(static_cast<int16_t>(0x807f)),
+                                     exponent, 0xea);
+  }
+
+  inline __attribute__((always_inline)) void Unpack(const uint8_t* run, float* out) const {
+    Store(out, Sixteen<0>(run));
+    Store(out + 16, Sixteen<1>(run));
+  }
+  inline __attribute__((always_inline)) void Unpack(const uint8_t* run, uint16_t* out) const {
+    _mm512_storeu_si512(out, Words(run));
   }
 
  private:

@@ -179,7 +179,7 @@ int64_t AttentionScratchFloats(int head_dim, int num_states) {
   const int64_t padded = AttentionPaddedDim(head_dim);
   const int64_t states = (num_states + 15) / 16 * 16;  // rows are at most states
   const int64_t stage = kAttentionBlock + 1 + 2 * (kAttentionBlock / 64);
-  return states * (3 * padded + 2 * 16 + 3 + 2 * stage) + kAttentionBlock * (2 * padded);
+  return states * (3 * padded + 2 * 16 + 4 + 2 * stage) + kAttentionBlock * (2 * padded);
 }
 
 void ChunkedAttention(const AttentionCall& call, int num_sequences) {

@@ -41,7 +41,9 @@ if TYPE_CHECKING:
 LLAMA_LOAD_MODES = {"llama.cpp mmap": "mmap", "llama.cpp no mmap": "none"}
 OUR_DTYPES = {f"ours {dtype}": dtype for dtype in DTYPES}
 """By what activations are rounded to; weights are bf16 in both."""
-ENGINES = (*OUR_DTYPES, *LLAMA_LOAD_MODES)
+PACKED_DTYPES = {f"ours packed {dtype}": dtype for dtype in DTYPES}
+"""The same from a packed copy of the checkpoint: bf16 weights still, bit for bit."""
+ENGINES = (*OUR_DTYPES, *PACKED_DTYPES, *LLAMA_LOAD_MODES)
 DECODE_GOALS = {1: 1.1, 8: 1.4, 32: 1.4, 64: 1.7}
 """Decode tokens/s over llama.cpp's, by batch."""
 PREFILL_GOAL = 1.3
@@ -78,6 +80,7 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", type=Path, required=True, help="a Mixtral checkpoint")
+    parser.add_argument("--packed", type=Path, help="the same, by 'specmoeoff pack'; also run")
     parser.add_argument("--memory", default="6GiB", help="our budget; the model has to fit")
     parser.add_argument("--batch", type=int, nargs="+", default=list(DECODE_GOALS))
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
@@ -97,7 +100,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--peers-dir", type=Path, default=cache_directory() / "peers")
     parser.add_argument("--jobs", type=int, default=2, help="compilers that build llama.cpp")
     add_json_option(parser)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.packed is None:
+        options.engines = [e for e in options.engines if e not in PACKED_DTYPES]
+    return options
 
 
 def _results(options: argparse.Namespace, llama_cpp: LlamaCpp) -> Iterator[tuple[bool, PeerResult]]:
@@ -119,7 +125,7 @@ def _run(engine: str, batch: int, options: argparse.Namespace, llama_cpp: LlamaC
     prompts = real_prompts(options.target, batch, options.prompt_tokens)
     prompts = equally_long(prompts, options.prompt_tokens)
     job = EngineJob(
-        options.target,
+        options.packed if engine in PACKED_DTYPES else options.target,
         parse_memory_size(options.memory),
         [prompts],
         options.max_tokens,
@@ -128,7 +134,7 @@ def _run(engine: str, batch: int, options: argparse.Namespace, llama_cpp: LlamaC
         options={
             "num_threads": options.threads,
             "max_num_seqs": max(batch, 8),
-            "dtype": OUR_DTYPES[engine],
+            "dtype": (OUR_DTYPES | PACKED_DTYPES)[engine],
         },
     )
     run, process = run_engine(job, limits)
@@ -196,7 +202,9 @@ def _report(options: argparse.Namespace, runs: dict[Key, list[PeerResult]]) -> N
         summary.append(entry)
         figures = [number(value) for key, value in entry.items() if key.startswith(("dec", "pre"))]
         others = max(result.process.other_cores for result in runs[batch, engine, busy])
-        goal = number(DECODE_GOALS.get(batch)) if engine in OUR_DTYPES and not busy else ""
+        goal = (
+            number(DECODE_GOALS.get(batch)) if engine not in LLAMA_LOAD_MODES and not busy else ""
+        )
         rows.append([engine, str(batch), "busy" if busy else "", *figures, goal, number(others)])
     header = ["engine", "batch", "neighbour", "decode tok/s", "prefill tok/s"]
     header += ["decode x llama.cpp", "prefill x", "decode of quiet", "prefill of quiet"]

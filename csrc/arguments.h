@@ -9,14 +9,15 @@
 
 #include "array.h"
 #include "int8_dot.h"
+#include "packed.h"
 #include "top.h"
 #include "weight.h"
 
 namespace specmoeoff {
 
 // A matrix argument: an array of float32, float16 or uint16 (bfloat16), or an object with `values`
-// (int8 [N, K], or uint8 [N, K / 2] for int4) and `scales` (float32 [N, K / group]). Keeps the
-// arrays alive.
+// (int8 [N, K], or uint8 [N, K / 2] for int4) and `scales` (float32 [N, K / group]), or one with
+// `blob` (uint8, see packed.h) and `shape` (N, K). Keeps the arrays alive.
 class WeightArgument {
  public:
   // Throws TypeError or ValueError naming the argument.
@@ -29,12 +30,14 @@ class WeightArgument {
                                                           : WeightKind::kBfloat16;
     } else if (nb::hasattr(object, "values") && nb::hasattr(object, "scales")) {
       ReadQuantised(object, name);
+    } else if (nb::hasattr(object, "blob") && nb::hasattr(object, "shape")) {
+      ReadPacked(object, name);
+      return;
     } else {
-      throw nb::type_error(
-          (name +
-           " must be a numpy array of float32, float16 or uint16 (bfloat16), an Int8Weight or an "
-           "Int4Weight")
-              .c_str());
+      throw nb::type_error((name +
+                            " must be a numpy array of float32, float16 or uint16 (bfloat16), an "
+                            "Int8Weight, an Int4Weight or a PackedBfloat16")
+                               .c_str());
     }
     weight_.data = values_.data<void>();
     weight_.n = values_.dim(0);
@@ -55,6 +58,27 @@ class WeightArgument {
         Array(nb::object(object.attr("scales")), (name + ".scales").c_str(), {Dtype::kFloat32}, 2);
     weight_.kind = values_.dtype() == Dtype::kInt8 ? WeightKind::kInt8 : WeightKind::kInt4;
     weight_.scales = scales_.data<float>();
+  }
+
+  void ReadPacked(nanobind::handle object, const std::string& name) {
+    std::pair<int64_t, int64_t> shape;
+    if (!nanobind::try_cast(nanobind::object(object.attr("shape")), shape)) {
+      throw nanobind::type_error((name + ".shape must be two integers").c_str());
+    }
+    values_ =
+        Array(nanobind::object(object.attr("blob")), (name + ".blob").c_str(), {Dtype::kUint8}, 1);
+    const auto [n, k] = shape;
+    const bool fits = n >= 0 && k >= kPackedRun && k <= kPackedMostK && k % kPackedRun == 0 &&
+                      n <= INT32_MAX && values_.size() >= PackedBytes(n, k, 0);
+    if (!fits || values_.size() < PackedBytes(n, k, PackedPatches(values_.data<char>()))) {
+      throw nanobind::value_error((name + ".blob is no packed matrix of shape [" +
+                                   std::to_string(n) + ", " + std::to_string(k) + "]")
+                                      .c_str());
+    }
+    weight_.kind = WeightKind::kPackedBfloat16;
+    weight_.data = values_.data<char>() + kPackedHeaderBytes;
+    weight_.n = n;
+    weight_.k = k;
   }
 
   void ReadGroup(const std::string& name) {

@@ -70,7 +70,7 @@ class ExpertRun {
     down_columns_ = PieceColumns(width_, experts[0].down.row_bytes());
     for (int64_t e = 0; e < num_experts; ++e) {
       const int64_t total = offsets[e + 1] - offsets[e];
-      const LinearKernels& kernels = CurrentLinear(activations_, IsBfloat16(experts[e]));
+      const LinearKernels& kernels = CurrentLinear(activations_, CommonForm(experts[e]));
       const int64_t chunk = ChunkRows(total, floats_per_row, kScratchFloats, kernels.tile_rows);
       for (int64_t first = 0; first < total; first += chunk) {
         Unit unit{};
@@ -101,9 +101,8 @@ class ExpertRun {
     num_pieces_ += pieces;
   }
 
-  static bool IsBfloat16(const Expert& expert) {
-    return expert.gate.kind == WeightKind::kBfloat16 && expert.up.kind == WeightKind::kBfloat16 &&
-           expert.down.kind == WeightKind::kBfloat16;
+  static WeightForm CommonForm(const Expert& expert) {
+    return std::min({FormOf(expert.gate.kind), FormOf(expert.up.kind), FormOf(expert.down.kind)});
   }
 
   static int64_t Pieces(int64_t size, int64_t each) { return (size + each - 1) / each; }

@@ -171,7 +171,7 @@ class Int8DotRun {
   Int8DotRun(const float* x, const Int8DotExpert& like, const int32_t* rows,
              const float* row_weights, float* out)
       : kernels_(Current()),
-        accumulate_(CurrentLinear(Activations::kFloat32, false).accumulate),
+        accumulate_(CurrentLinear(Activations::kFloat32, WeightForm::kAny).accumulate),
         x_(x),
         rows_(rows),
         row_weights_(row_weights),

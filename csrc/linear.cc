@@ -10,22 +10,22 @@
 namespace specmoeoff {
 namespace {
 
-constexpr int64_t kPieceBytes = 128 << 10;  // weights per piece: long enough to hide its start
+constexpr int64_t kPieceBytes = 256 << 10;  // weights per piece: long enough to hide its start
 constexpr int64_t kPackedFloats = 512 << 10;
 constexpr int64_t kLeastChunk = 48;        // rows below which weights would be read too often
 constexpr int64_t kPackFloats = 16 << 10;  // packed per piece; less is not worth sharing
 
 }  // namespace
 
-const LinearKernels& CurrentLinear(Activations activations, bool bfloat16_weights) {
+const LinearKernels& CurrentLinear(Activations activations, WeightForm form) {
   if (activations == Activations::kFloat32) {
     return Select(&kLinearScalar, SPECMOEOFF_IF_X86(&kLinearAvx2),
                   SPECMOEOFF_IF_X86(&kLinearAvx512));
   }
   return Select(&kLinearRoundedScalar, SPECMOEOFF_IF_X86(&kLinearRoundedAvx2),
                 SPECMOEOFF_IF_X86(&kLinearRoundedAvx512), nullptr,
-                bfloat16_weights ? SPECMOEOFF_IF_X86(&kLinearAvx512Bf16) : nullptr,
-                bfloat16_weights ? SPECMOEOFF_IF_X86(&kLinearAmx) : nullptr);
+                form != WeightForm::kAny ? SPECMOEOFF_IF_X86(&kLinearAvx512Bf16) : nullptr,
+                form == WeightForm::kPlainBfloat16 ? SPECMOEOFF_IF_X86(&kLinearAmx) : nullptr);
 }
 
 int64_t PieceColumns(int64_t n, int64_t column_bytes) {
@@ -58,13 +58,13 @@ struct Part {
 
 // Packs the rows, as many at once as fit, and calls f(product, index of its operand, first row) for
 // pieces of columns of all operands; f says where the results go. The operands have one inner size
-// and, if any is bfloat16, all are.
+// and one kind.
 template <class F>
 void ForPieces(const float* x, int64_t rows, const LinearOperand* operands, int64_t num_operands,
                Activations activations, F f) {
   if (rows == 0) return;
   const Weight& like = *operands[0].weight;
-  const LinearKernels& kernels = CurrentLinear(activations, like.kind == WeightKind::kBfloat16);
+  const LinearKernels& kernels = CurrentLinear(activations, FormOf(like.kind));
   const int64_t k = like.k, depth = RoundUp(k, 16);
   const int64_t chunk = ChunkRows(rows, depth, kPackedFloats, kernels.tile_rows);
   const int64_t threads = NumThreads();

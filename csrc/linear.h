@@ -67,14 +67,23 @@ extern const LinearKernels kLinearAvx512;
 extern const LinearKernels kLinearRoundedScalar;
 extern const LinearKernels kLinearRoundedAvx2;
 extern const LinearKernels kLinearRoundedAvx512;
-// For bfloat16 weights only.
+// For bfloat16 weights only, packed ones too.
 extern const LinearKernels kLinearAvx512Bf16;
+// For plain bfloat16 weights only.
 extern const LinearKernels kLinearAmx;
 
 enum class Activations { kFloat32, kBfloat16 };
 
-// The kernels that run now. `bfloat16_weights`: whether all weights they will see are bfloat16.
-const LinearKernels& CurrentLinear(Activations activations, bool bfloat16_weights);
+// What all weights have in common that one packed form of activations is to be multiplied with.
+enum class WeightForm { kAny, kBfloat16, kPlainBfloat16 };
+
+inline WeightForm FormOf(WeightKind kind) {
+  if (kind == WeightKind::kBfloat16) return WeightForm::kPlainBfloat16;
+  return kind == WeightKind::kPackedBfloat16 ? WeightForm::kBfloat16 : WeightForm::kAny;
+}
+
+// The kernels that run now, for weights of that form.
+const LinearKernels& CurrentLinear(Activations activations, WeightForm form);
 
 // Columns per piece of work, a multiple of kColumnUnit, for n columns of so many weight bytes each;
 // where that is possible, so that each thread gets as many pieces.
@@ -93,7 +102,7 @@ struct LinearOperand {
 };
 
 // outs[i] [rows, weight.n] = x [rows, weight.k] @ weight^T + bias for each operand, at most
-// kMostOperands of one inner size; either all weights are bfloat16 or none is.
+// kMostOperands of one inner size and kind.
 void Linear(const float* x, int64_t rows, const LinearOperand* operands, int64_t num_operands,
             float* const* outs, Activations activations);
 

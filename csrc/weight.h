@@ -5,7 +5,7 @@
 
 namespace specmoeoff {
 
-enum class WeightKind : int { kFloat32, kFloat16, kBfloat16, kInt8, kInt4 };
+enum class WeightKind : int { kFloat32, kFloat16, kBfloat16, kInt8, kInt4, kPackedBfloat16 };
 
 // Of each 32 elements of a row of int4, 16 bytes: byte j has element j in its low four bits and
 // element 16 + j in its high ones, as value + 8. k is a multiple of the group, and that of 32.
@@ -33,6 +33,8 @@ struct Weight {
         return k;
       case WeightKind::kInt4:
         return k / 2;
+      case WeightKind::kPackedBfloat16:  // see packed.h
+        return k / 32 * 48;
     }
     return 0;
   }

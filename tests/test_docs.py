@@ -106,6 +106,7 @@ def test_there_are_examples() -> None:
     assert any(block.page.name == "README.md" for block in blocks("python"))
     assert runnable("generate")
     assert runnable("doctor")
+    assert runnable("pack")
 
 
 @pytest.mark.parametrize("page", sorted({name_of(block.page) for block in blocks("python")}))
@@ -138,6 +139,9 @@ def test_a_wrong_command_would_be_noticed() -> None:
 @pytest.mark.parametrize("text", [*runnable("doctor"), *runnable("generate")])
 def test_commands_of_the_readme_run(text: str, workplace: Path) -> None:
     arguments = shlex.split(text, comments=True)[1:]
+    for packing in runnable("pack"):
+        packed = run("-m", "specmoeoff", *shlex.split(packing, comments=True)[1:])
+        assert packed.returncode == 0, packed.stderr
     done = run("-m", "specmoeoff", *arguments)
     assert done.returncode == 0, done.stderr
     if "--output" in arguments:

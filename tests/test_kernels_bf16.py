@@ -191,9 +191,10 @@ def test_products_are_summed_in_the_documented_order(target: str, k: int) -> Non
 def test_a_row_does_not_depend_on_its_neighbours_or_on_threads(target: str) -> None:
     kernels.use_cpu_target(target)
     rng = np.random.default_rng(3)
-    # Enough rows for several chunks and blocks, enough columns for several pieces; a tail in K.
-    x = rng.standard_normal((700, 811)).astype(np.float32)
-    weight = make_weight(rng, 71, 811)
+    # Enough rows for several chunks and blocks, enough columns for several pieces; a tail in K,
+    # which is so long that few rows are walked differently.
+    x = rng.standard_normal((700, 1067)).astype(np.float32)
+    weight = make_weight(rng, 71, 1067)
     whole = linear(x, weight)
     for rows in (1, 2, 3, 4, 5, 6, 7, 25, 331):
         kernels.set_num_threads(1 + rows % 3)

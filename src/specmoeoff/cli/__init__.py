@@ -1,4 +1,4 @@
-"""The command line: ``specmoeoff generate | chat | doctor | trace | demo``."""
+"""The command line: ``specmoeoff generate | chat | doctor | trace | pack | demo``."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def _run() -> int:
         DemoOptions,
         DoctorOptions,
         GenerateOptions,
+        PackOptions,
         TraceOptions,
     )
 
@@ -35,6 +36,10 @@ def _run() -> int:
             from specmoeoff.cli import trace
 
             return trace.run(options)
+        case PackOptions():
+            from specmoeoff.cli import pack
+
+            return pack.run(options)
         case DemoOptions():
             from specmoeoff.cli import demo
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from specmoeoff.cli import texts, trace_command
+from specmoeoff.cli import pack_command, texts, trace_command
 from specmoeoff.cli.commands import app
 from specmoeoff.errors import InvalidInputError
 
@@ -18,12 +18,16 @@ if TYPE_CHECKING:
         DemoOptions,
         DoctorOptions,
         GenerateOptions,
+        PackOptions,
         TraceOptions,
     )
 
-    Options = GenerateOptions | ChatOptions | DoctorOptions | TraceOptions | DemoOptions
+    Options = (
+        GenerateOptions | ChatOptions | DoctorOptions | TraceOptions | PackOptions | DemoOptions
+    )
 
 app.command(epilog=texts.TRACE_EXAMPLES, help=texts.TRACE)(trace_command.trace)
+app.command(epilog=texts.PACK_EXAMPLES, help=texts.PACK)(pack_command.pack)
 
 
 def parse(arguments: Sequence[str]) -> Options | int:

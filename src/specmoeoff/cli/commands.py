@@ -1,4 +1,4 @@
-"""The four commands, as typer sees them; each turns its arguments into a frozen options object."""
+"""The commands, as typer sees them; each turns its arguments into a frozen options object."""
 
 from __future__ import annotations
 

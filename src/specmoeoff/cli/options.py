@@ -157,6 +157,16 @@ class DemoOptions:
 
 
 @dataclass(frozen=True)
+class PackOptions:
+    """``specmoeoff pack``."""
+
+    model: str
+    output: str
+    quiet: bool = False
+    json: bool = False
+
+
+@dataclass(frozen=True)
 class TraceOptions:
     """``specmoeoff trace``."""
 

@@ -51,6 +51,20 @@ TRACE = (
     "prices the plan on those speeds, from the model's file headers alone."
 )
 
+PACK_EXAMPLES = (
+    "Examples:\n\n"
+    "specmoeoff pack mistralai/Mixtral-8x7B-Instruct-v0.1 -o mixtral-packed\n\n"
+    "specmoeoff generate mixtral-packed --memory 16GiB --prompts in.jsonl --output out.jsonl"
+)
+
+PACK = (
+    "Write a copy of a bfloat16 model whose experts take a quarter fewer bytes, without loss.\n\n"
+    "Weights use few of the exponents that bfloat16 has, so 12 bits an element hold all that 16 "
+    "did. A quarter more experts fit in memory, the others take a quarter less time to stream, and "
+    "the answers are the same, bit for bit. CPU and simulated devices read it; other programs "
+    "don't."
+)
+
 DEMO_EXAMPLES = (
     "Examples:\n\n"
     "specmoeoff demo\n\n"

@@ -66,6 +66,11 @@ def open_torch(
     Raises:
         CheckpointError: A weight is of a form that torch does not have.
     """
+    if any(view.packed_bytes for view in layouts[0][0].tensors.values()):
+        raise InvalidInputError(
+            "device 'cuda' computes with plain bfloat16, but this checkpoint is packed; give it "
+            "the checkpoint that 'specmoeoff pack' was given"
+        )
     from specmoeoff.devices.torch_device import TorchDevice
     from specmoeoff.devices.torch_memory import TorchSlots, open_device
 

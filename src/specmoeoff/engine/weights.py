@@ -81,7 +81,7 @@ class Loader:
             return 4 * count
         if self._to_int8 and len(spec.shape) == 2:
             return kernels.packed_int8_bytes(*spec.shape)
-        return ref.nbytes
+        return count * ref.numpy_dtype.itemsize
 
 
 def load_dense(model: Model, loader: Loader) -> ModelWeights:

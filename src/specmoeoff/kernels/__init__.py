@@ -25,11 +25,18 @@ from specmoeoff.kernels.native import (
     use_cpu_target,
     widen,
 )
+from specmoeoff.kernels.packed import (
+    can_pack_bfloat16,
+    pack_bfloat16,
+    packed_bfloat16_bytes,
+    unpack_bfloat16,
+)
 from specmoeoff.kernels.weights import (
     Activations,
     Int4Weight,
     Int8DotWeight,
     Int8Weight,
+    PackedBfloat16,
     Weight,
     packed_int8_bytes,
 )
@@ -42,8 +49,10 @@ __all__ = [
     "Int4Weight",
     "Int8DotWeight",
     "Int8Weight",
+    "PackedBfloat16",
     "Weight",
     "append_kv",
+    "can_pack_bfloat16",
     "chunked_attention",
     "cpu_target",
     "cpu_targets",
@@ -55,7 +64,9 @@ __all__ = [
     "linear_top",
     "multiplies_bfloat16",
     "num_threads",
+    "pack_bfloat16",
     "pack_int8_dot",
+    "packed_bfloat16_bytes",
     "packed_int8_bytes",
     "quantize_int4",
     "quantize_int8",
@@ -64,6 +75,7 @@ __all__ = [
     "route",
     "set_num_threads",
     "to_bfloat16",
+    "unpack_bfloat16",
     "use_cpu_target",
     "widen",
 ]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from specmoeoff.kernels import _native
-from specmoeoff.kernels.weights import Int4Weight, Int8DotWeight, Int8Weight
+from specmoeoff.kernels.weights import Int4Weight, Int8DotWeight, Int8Weight, PackedBfloat16
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -165,7 +165,7 @@ def expert_ffn_many(
 
 def widen(weight: Weight) -> F32:
     """Return the float32 values of a weight; a matrix [N, K], or an array of any shape."""
-    if isinstance(weight, Int8Weight | Int4Weight):
+    if isinstance(weight, Int8Weight | Int4Weight | PackedBfloat16):
         out = np.empty(_shape(weight, "weight"), np.float32)
         _native.widen(weight, out)
         return out

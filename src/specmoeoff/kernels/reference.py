@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from specmoeoff.kernels.weights import Int4Weight, Int8DotWeight, Int8Weight
+from specmoeoff.kernels.packed import unpack_bfloat16
+from specmoeoff.kernels.weights import Int4Weight, Int8DotWeight, Int8Weight, PackedBfloat16
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,6 +41,8 @@ def widen(weight: Weight) -> F32:
         return scaled.reshape(n, k)
     if isinstance(weight, Int8DotWeight):
         return _unpack(weight) * weight.scales[:, None]
+    if isinstance(weight, PackedBfloat16):
+        weight = unpack_bfloat16(weight)
     if weight.dtype == np.uint16:
         return (weight.astype(np.uint32) << 16).view(np.float32)
     return weight.astype(np.float32)

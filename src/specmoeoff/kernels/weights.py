@@ -1,4 +1,4 @@
-"""What a weight matrix can be: float32, float16, bfloat16 bits, int4, or one of two forms of int8.
+"""What a weight matrix can be: an array as stored, or one of several packed forms.
 
 Names for the arrays that kernels take, too. What is done with them is in ``reference``.
 """
@@ -76,12 +76,38 @@ class Int8DotWeight:
         return self.packed.nbytes + self.scales.nbytes
 
 
+@dataclass(frozen=True)
+class PackedBfloat16:
+    """A bfloat16 matrix in 12 bits an element, without loss. Made by ``pack_bfloat16``.
+
+    K is a multiple of 32 and at most 16384. Little-endian, in this order:
+
+    - 64 bytes: the exponents of codes 0 to 15, uint8; the number of patches, uint32; zeros;
+    - for each row K / 32 runs of 48 bytes: 16 bytes of codes, byte j with element j in its low four
+      bits and element 16 + j in its high ones; then 32 bytes of sign << 7 | mantissa;
+    - the first patch of each row, and the end: uint32 [N + 1];
+    - the patches, by row and column: uint32, column << 16 | bits of the element. They are the
+      elements whose exponent has no code;
+    - zeros up to a multiple of 64 bytes.
+    """
+
+    blob: NDArray[np.uint8]
+    """One dimension."""
+    shape: tuple[int, int]
+    """(N, K)"""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the blob."""
+        return self.blob.nbytes
+
+
 def packed_int8_bytes(n: int, k: int) -> int:
     """Return the ``nbytes`` of an Int8DotWeight of shape (n, k)."""
     return -(-n // 16) * 16 * -(-k // 4) * 4 + 4 * n
 
 
-Weight = NDArray[np.generic] | Int8Weight | Int4Weight | Int8DotWeight
+Weight = NDArray[np.generic] | Int8Weight | Int4Weight | Int8DotWeight | PackedBfloat16
 
 Activations = Literal["float32", "bfloat16"]
 """What activations are rounded to before a product; an Int8DotWeight rounds them to int8 anyway."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from specmoeoff.errors import CheckpointError, StreamError
+from specmoeoff.kernels import PackedBfloat16, unpack_bfloat16
 from specmoeoff.offload.direct_read import read_range
 from specmoeoff.offload.safetensors_header import NUMPY_DTYPES, Header, TensorRef, read_header
 
@@ -67,9 +68,10 @@ class Checkpoint:
         return ref
 
     def read(self, name: str) -> NDArray[np.generic]:
-        """Read one tensor: float32, float16, or uint16 for bfloat16 bits.
+        """Read one tensor: float32, float16, or uint16 for bfloat16 bits, unpacked if it is packed.
 
         Memory rises by the tensor (and at most a page at each end); the page cache is not filled.
+        Unpacking takes some times its size for a moment.
 
         Raises:
             CheckpointError: There is no such tensor, or its dtype is not read.
@@ -77,7 +79,8 @@ class Checkpoint:
         """
         ref = self._find(name)
         try:
-            data = read_range(ref.file, ref.offset, ref.nbytes, ref.numpy_dtype.itemsize)
+            alignment = 1 if ref.is_packed else ref.numpy_dtype.itemsize
+            data = read_range(ref.file, ref.offset, ref.nbytes, alignment)
         except EOFError:
             raise StreamError(
                 f"{ref.file} has become shorter: tensor {name!r} should end at byte "
@@ -87,6 +90,8 @@ class Checkpoint:
             raise StreamError(
                 f"{ref.file}: reading tensor {name!r} failed: {error.strerror or error}"
             ) from error
+        if ref.is_packed:
+            return _unpack(ref, name, data)
         return data.view(ref.numpy_dtype).reshape(ref.shape)
 
     def _find(self, name: str) -> TensorRef:
@@ -99,6 +104,14 @@ class Checkpoint:
                 f"only {', '.join(NUMPY_DTYPES)} can be used"
             )
         raise CheckpointError(f"{self.directory}: the checkpoint has no tensor {name!r}")
+
+
+def _unpack(ref: TensorRef, name: str, data: NDArray[np.uint8]) -> NDArray[np.uint16]:
+    n, k = ref.shape
+    try:
+        return unpack_bfloat16(PackedBfloat16(data, (n, k)))
+    except ValueError as error:
+        raise CheckpointError(f"{ref.file}: tensor {name!r} is damaged: {error}") from error
 
 
 def _read_shards(directory: Path) -> Header:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from specmoeoff.kernels import PackedBfloat16
 from specmoeoff.offload.reader import ALIGNMENT, Segment
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from specmoeoff.kernels import Weight
     from specmoeoff.offload.checkpoint import TensorRef
 
 MAX_GAP_BYTES = 64 << 10
@@ -31,9 +33,15 @@ class TensorView:
     offset: int
     dtype: np.dtype[np.generic]
     shape: tuple[int, ...]
+    packed_bytes: int = 0
+    """Bytes it takes as ``kernels.PackedBfloat16``; 0 for one that is not packed."""
 
-    def of(self, memory: NDArray[np.uint8], slot_start: int = 0) -> NDArray[np.generic]:
+    def of(self, memory: NDArray[np.uint8], slot_start: int = 0) -> Weight:
         """Return the tensor as a view of memory (uint8), in which its slot begins somewhere."""
+        if self.packed_bytes:
+            begin = slot_start + self.offset
+            n, k = self.shape
+            return PackedBfloat16(memory[begin : begin + self.packed_bytes], (n, k))
         return np.ndarray(self.shape, self.dtype, memory.data, slot_start + self.offset)
 
 
@@ -69,7 +77,10 @@ def lay_out(name: str, refs: Mapping[str, TensorRef]) -> ExpertLayout:
         segment = _segment(run)
         for canonical, ref in run:
             tensors[canonical] = TensorView(
-                at + ref.offset - segment.offset, ref.numpy_dtype, tuple(ref.shape)
+                at + ref.offset - segment.offset,
+                ref.numpy_dtype,
+                tuple(ref.shape),
+                ref.nbytes if ref.is_packed else 0,
             )
         segments.append(segment)
         starts.append(at)

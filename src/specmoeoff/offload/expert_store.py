@@ -31,10 +31,11 @@ from specmoeoff.offload.reader import Read
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from specmoeoff.kernels import Weight
     from specmoeoff.offload.expert_layout import ExpertLayout
     from specmoeoff.offload.reader import Reader
 
-Tensors = Mapping[str, "NDArray[np.generic]"]
+Tensors = Mapping[str, "Weight"]
 
 MEMORY_TOKENS = 32.0
 """The routing probabilities forget with this time constant, in tokens."""

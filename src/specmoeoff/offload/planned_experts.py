@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from specmoeoff.kernels import Weight
     from specmoeoff.offload.expert_layout import ExpertLayout
     from specmoeoff.offload.reader import Reader
 
@@ -219,7 +220,7 @@ class _Slots:
     def fill(self, slot: int, layout: ExpertLayout, source: NDArray[np.uint8]) -> None:
         np.copyto(self.view(slot), source)
 
-    def tensors(self, slot: int, layout: ExpertLayout) -> Mapping[str, NDArray[np.generic]]:
+    def tensors(self, slot: int, layout: ExpertLayout) -> Mapping[str, Weight]:
         view = self.view(slot)
         return {name: tensor.of(view) for name, tensor in layout.tensors.items()}
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import numpy as np
 
 from specmoeoff.errors import CheckpointError
+from specmoeoff.kernels import can_pack_bfloat16, packed_bfloat16_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,6 +28,10 @@ NUMPY_DTYPES: dict[str, np.dtype[np.generic]] = {
     "F32": np.dtype(np.float32),
 }
 """Stored dtype -> numpy dtype; bfloat16 stays as its bits."""
+
+PACKED_KEY = "specmoeoff.packed_bfloat16"
+"""Field of a file's metadata: JSON, name -> [N, K] of each tensor that is U8 to others and a
+``kernels.PackedBfloat16`` to us."""
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
@@ -42,6 +47,8 @@ class TensorRef:
     nbytes: int
     dtype: DType
     shape: tuple[int, ...]
+    is_packed: bool = False
+    """Whether it is bfloat16 in 12 bits an element, see ``kernels.PackedBfloat16``."""
 
     @property
     def numpy_dtype(self) -> np.dtype[np.generic]:
@@ -71,6 +78,7 @@ def read_header(file: Path) -> Header:
             data_begin, entries = _read_json(file, size, stream.read(8), stream.read)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
+    packed = _packed_shapes(file, entries.get("__metadata__"))
     tensors: dict[str, TensorRef] = {}
     unsupported: dict[str, str] = {}
     spans: list[tuple[int, int, str]] = []
@@ -84,6 +92,11 @@ def read_header(file: Path) -> Header:
                 f"{file} is truncated: tensor {name!r} ends at byte {data_begin + end} "
                 f"and the file has {size}; fetch the file again"
             )
+        if name in packed:
+            tensors[name] = _packed_ref(
+                file, name, dtype, packed[name], data_begin + begin, end - begin
+            )
+            continue
         if dtype not in NUMPY_DTYPES:
             unsupported[name] = dtype
             continue
@@ -135,6 +148,38 @@ def _parse_entry(file: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...
     if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"{file}: tensor {name!r} has impossible data_offsets {offsets!r}")
     return dtype, tuple(shape), offsets[0], offsets[1]
+
+
+def _packed_shapes(file: Path, metadata: Any) -> dict[str, Any]:
+    """Return the shapes that a file's metadata gives for packed tensors."""
+    text = metadata.get(PACKED_KEY) if isinstance(metadata, dict) else None
+    if text is None:
+        return {}
+    try:
+        shapes = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        shapes = None
+    if not isinstance(shapes, dict):
+        raise CheckpointError(f"{file}: its metadata field {PACKED_KEY!r} is no JSON object")
+    return shapes
+
+
+def _packed_ref(
+    file: Path, name: str, dtype: str, shape: Any, offset: int, num_bytes: int
+) -> TensorRef:
+    """Return where a packed tensor lies, having checked that its size can be true."""
+    if dtype != "U8" or not _is_sizes(shape) or not can_pack_bfloat16(tuple(shape)):
+        raise CheckpointError(
+            f"{file}: tensor {name!r} is said to be packed bfloat16 of shape {shape!r}, but it is "
+            f"{dtype} or cannot have that shape"
+        )
+    n, k = shape
+    if num_bytes < packed_bfloat16_bytes(n, k):
+        raise CheckpointError(
+            f"{file}: tensor {name!r} has {num_bytes} bytes, but packed bfloat16 of shape "
+            f"{[n, k]} takes {packed_bfloat16_bytes(n, k)} or more"
+        )
+    return TensorRef(file, offset, num_bytes, "BF16", (n, k), is_packed=True)
 
 
 def _is_sizes(value: Any) -> bool:

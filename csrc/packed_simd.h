@@ -124,14 +124,12 @@ SPECMOEOFF_INLINE void PutBits(float* out, uint16_t bits) {
 }
 SPECMOEOFF_INLINE void PutBits(uint16_t* out, uint16_t bits) { *out = bits; }
 
-// Row n as [k] elements. Calls fetch(bytes read so far) before each run.
-template <class Element, class F>
-SPECMOEOFF_INLINE void UnpackRow(const Weight& w, const PackedRuns& runs, int64_t n, Element* out,
-                                 F fetch) {
+// Row n as [k] elements.
+template <class Element>
+SPECMOEOFF_INLINE void UnpackRow(const Weight& w, const PackedRuns& runs, int64_t n, Element* out) {
   const auto* from = reinterpret_cast<const uint8_t*>(w.row(n));
   const int64_t count = w.k / kPackedRun;
   for (int64_t i = 0; i < count; ++i) {
-    fetch(i * kPackedRunBytes);
     runs.Unpack(from + i * kPackedRunBytes, out + i * kPackedRun);
   }
   ForPatches(w, n, [&](int64_t k, uint16_t bits) { PutBits(out + k, bits); });

@@ -349,10 +349,11 @@ def test_an_interrupt_stops_the_step(
 ) -> None:
     """Ctrl-C reaches the caller while it waits; the ops are told to stop before it goes on."""
     started, stopped = threading.Event(), threading.Event()
-    wait = executor._changed.wait
+    wait, pressed = executor._changed.wait, threading.Event()
 
-    def interrupted(timeout: float | None = None) -> bool:
-        if timeout is None:
+    def interrupted(timeout: float) -> bool:
+        if not pressed.is_set():
+            pressed.set()
             executor._lock.release()
             try:
                 assert started.wait(30)

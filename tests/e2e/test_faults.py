@@ -249,7 +249,14 @@ os.preadv = preadv
 """
 
 
-def test_ctrl_c_ends_a_command_whose_read_hangs(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--schedule", "specmoeoff"], ["--device", "sim", "--device-memory", "64MiB"]],
+    ids=["reactive", "cpu", "sim"],
+)
+def test_ctrl_c_ends_a_command_whose_read_hangs(
+    checkpoint: Path, tmp_path: Path, options: list[str]
+) -> None:
     """Exit code 130, and no process that waits for its threads."""
     (tmp_path / "sitecustomize.py").write_text(HANGING_DISK)
     hangs = tmp_path / "hangs"
@@ -257,7 +264,7 @@ def test_ctrl_c_ends_a_command_whose_read_hangs(checkpoint: Path, tmp_path: Path
     jobs.write_text('{"id": "a", "prompt_token_ids": [1, 2, 3]}\n')
     command = [sys.executable, "-m", "specmoeoff", "generate", str(checkpoint), "--memory", "1GiB"]
     process = subprocess.Popen(
-        [*command, "--prompts", str(jobs), "--output", str(output)],
+        [*command, *options, "--prompts", str(jobs), "--output", str(output)],
         env={**os.environ, "PYTHONPATH": str(tmp_path), "HANGS": str(hangs)},
         stderr=subprocess.PIPE,
         text=True,

@@ -30,6 +30,8 @@ ALIGNMENT = 4096
 """What O_DIRECT wants of offsets, lengths and addresses on every common file system."""
 PIECE_BYTES = 4 << 20
 NUM_THREADS = 4
+LOOK_S = 0.5
+"""Longest wait for a read at a time: Ctrl-C that comes just before a wait is seen when it ends."""
 GRACE_S = 0.4
 """How long closing waits for pieces in flight; with the lanes' share it stays below two seconds."""
 
@@ -77,7 +79,8 @@ class Read:
         Raises:
             StreamError: A piece could not be read; the message names the file and the read.
         """
-        self._done.wait()
+        while not self._done.wait(LOOK_S):
+            pass
         if self._error is not None:
             raise StreamError(str(self._error)) from self._error
 

@@ -11,6 +11,7 @@ the op is named. What outlasts ``GRACE_S`` is left behind and keeps the next ste
 from __future__ import annotations
 
 import heapq
+import itertools
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 GRACE_S = 1.5
 """How long what was told to stop is waited for; close() promises two seconds."""
+LOOK_S = 0.5
+"""Longest wait of who runs a step: Ctrl-C that comes just before a wait is seen when it ends."""
 
 
 class _Task:
@@ -84,6 +87,8 @@ class OverlappedExecutor:
         """Ops that were handed over and have neither ended nor been given up."""
         self._error: tuple[_Task, BaseException] | None = None
         self._num_steps = 0
+        self._grace_ends = 0.0
+        """When what was told to stop is waited for no longer, on the monotonic clock."""
         self._closed = False
         self._threads = [
             threading.Thread(target=self._serve, args=(lane,), name=f"lane {lane}", daemon=True)
@@ -111,7 +116,7 @@ class OverlappedExecutor:
                 if self._error is None:
                     self._begin(step)
                 while step.left and self._error is None and not self._closed:
-                    self._changed.wait()
+                    self._changed.wait(LOOK_S)
             except BaseException:
                 # Ctrl-C while waiting.
                 self._give_up()
@@ -131,7 +136,7 @@ class OverlappedExecutor:
         with self._lock:
             self._check_left_behind()
             while self._unfinished and self._error is None:
-                self._changed.wait()
+                self._changed.wait(LOOK_S)
             if self._error is not None:
                 self._fail()
 
@@ -142,9 +147,10 @@ class OverlappedExecutor:
             self._give_up()
             for work in self._work.values():
                 work.notify_all()
-        deadline = time.monotonic() + GRACE_S
-        for thread in self._threads:
-            thread.join(max(deadline - time.monotonic(), 0.0))
+            # Those that still run something had their time; the others only have to wake up.
+            idle = [lane not in self._running for lane in LANES]
+        for thread in itertools.compress(self._threads, idle):
+            thread.join()
 
     # -- with the lock held ------------------------------------------------------------------------
 
@@ -186,6 +192,8 @@ class OverlappedExecutor:
 
     def _cancel(self) -> None:
         """Let nothing more start, and tell what runs to stop."""
+        if any(not task.step.stop.is_set() for task in self._running.values()):
+            self._grace_ends = time.monotonic() + GRACE_S
         for queue in self._ready.values():
             for task in queue:
                 task.step.stop.set()
@@ -200,11 +208,10 @@ class OverlappedExecutor:
         self._unfinished = 0
 
     def _give_up(self) -> None:
-        """Stop everything and wait for what is running, as long as is decent."""
+        """Stop everything and wait for what is running, ``GRACE_S`` after it was told at most."""
         self._cancel()
         self._changed.notify_all()
-        deadline = time.monotonic() + GRACE_S
-        while self._running and (left := deadline - time.monotonic()) > 0:
+        while self._running and (left := self._grace_ends - time.monotonic()) > 0:
             self._changed.wait(left)
 
     def _fail(self) -> None:
@@ -220,6 +227,7 @@ class OverlappedExecutor:
         """Wait for ops of a step that was given up; running beside them could mix up buffers."""
         given_up = [task for task in self._running.values() if task.step.stop.is_set()]
         if given_up:
+            self._grace_ends = time.monotonic() + GRACE_S
             self._give_up()
         if given_up and self._running:
             task = next(iter(self._running.values()))

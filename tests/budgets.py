@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from specmoeoff.config import EngineConfig, SpeculativeConfig
-from specmoeoff.engine import memory_plan
+from specmoeoff.engine import memory_plan, planned_build
 from specmoeoff.engine.model_files import ModelFiles
 from specmoeoff.engine.planned_memory import PlannedConfig, split_memory
 from specmoeoff.errors import DoesNotFitError
@@ -51,6 +51,11 @@ def few_slots(number: int) -> Callable[[ModelFiles, Tier], int]:
         return number
 
     return reserve
+
+
+def trade_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no expert borrow what the KV cache does not need, so that all steps stream alike."""
+    monkeypatch.setattr(planned_build, "ElasticMemory", lambda *_: None)
 
 
 def forget_this_process(monkeypatch: pytest.MonkeyPatch) -> None:

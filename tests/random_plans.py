@@ -97,5 +97,6 @@ def shapes(draw: DrawFn) -> StepShape:
         expert_bytes=2304,
         waves=draw(st.integers(1, 3)),
         host_slots=draw(st.integers(1, 3)),
+        extra_slots=draw(st.sampled_from([0, 0, 1, 2, 5])),
         draft=draw(st.sampled_from([None, Draft(3, 500, 250)])),
     )

@@ -230,7 +230,12 @@ from specmoeoff.engine.memory_plan import peak_resident_bytes
 
 asked = json.loads(sys.argv[1])
 speculative = asked["speculative"] and SpeculativeConfig(**asked["speculative"])
-llm = LLM(asked["model"], memory=asked["memory"], speculative_config=speculative)
+llm = LLM(
+    asked["model"],
+    memory=asked["memory"],
+    schedule=asked["schedule"],
+    speculative_config=speculative,
+)
 longest = min(llm.policy.max_model_len - asked["max_tokens"], asked["prompt"])
 prompts = [
     {"prompt_token_ids": [(i * j) % 7999 for j in range(longest - 5 * i)]}
@@ -244,6 +249,7 @@ print(json.dumps({
     "peak": peak_resident_bytes(),
     "tokens": [output.outputs[0].token_ids for output in outputs],
     "streamed": llm.stats().streamed_bytes,
+    "slots": llm.stats().expert_slots - llm.policy.min_expert_slots,
 }))
 """
 
@@ -259,6 +265,7 @@ def run_apart(model: Path, memory: int, speculative: Any, **asked: Any) -> dict[
     return result
 
 
+@pytest.mark.parametrize("schedule", ["reactive", "specmoeoff"])
 @pytest.mark.parametrize(
     ("extra_mib", "method", "temperature"),
     [
@@ -270,7 +277,7 @@ def run_apart(model: Path, memory: int, speculative: Any, **asked: Any) -> dict[
     ],
 )
 def test_the_promise(
-    target: Path, draft: Path, extra_mib: int, method: str, temperature: float
+    target: Path, draft: Path, extra_mib: int, method: str, temperature: float, schedule: str
 ) -> None:
     """The peak resident set of the whole process, prompts of hundreds of tokens, 16 sequences."""
     speculative: dict[str, Any] | None = None
@@ -278,11 +285,12 @@ def test_the_promise(
         model = str(draft) if method == "draft_model" else None
         speculative = {"method": method, "model": model, "num_speculative_tokens": 4}
     config = SpeculativeConfig(**speculative) if speculative else None
-    memory = smallest_budget(target, config) + extra_mib * MIB
+    memory = smallest_budget(target, config, schedule=schedule) + extra_mib * MIB
     result = run_apart(
         target,
         memory,
         speculative,
+        schedule=schedule,
         batch=16,
         prompt=400 if extra_mib else 100,
         max_tokens=12,
@@ -290,15 +298,26 @@ def test_the_promise(
     )
     assert result["peak"] <= memory
     assert [len(tokens) for tokens in result["tokens"]] == [12] * 16
+    if extra_mib:
+        # When all is over the KV cache needs nothing, and experts have what it had.
+        assert result["slots"] > 0
     if extra_mib == 0:
         assert result["streamed"] > 3 * 57e6, "at the smallest budget every pass streams"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("extra_mib", [0, 40])
-@pytest.mark.parametrize("drafts", [False, True])
+@pytest.mark.parametrize(
+    ("schedule", "extra_mib", "drafts"),
+    [
+        ("reactive", 0, False),
+        ("reactive", 40, False),
+        ("reactive", 0, True),
+        ("reactive", 40, True),
+        ("specmoeoff", 40, True),
+    ],
+)
 def test_the_promise_at_size(
-    tmp_path_factory: pytest.TempPathFactory, extra_mib: int, drafts: bool
+    tmp_path_factory: pytest.TempPathFactory, extra_mib: int, drafts: bool, schedule: str
 ) -> None:
     """150 MB of experts and a vocabulary whose logits are what a step holds most of."""
     directory = tmp_path_factory.mktemp("promise")
@@ -321,8 +340,15 @@ def test_the_promise_at_size(
         draft = write_draft(target, directory / "draft")
         speculative = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 8}
     config = SpeculativeConfig(**speculative) if speculative else None  # type: ignore[arg-type]
-    memory = smallest_budget(target, config) + extra_mib * MIB
+    memory = smallest_budget(target, config, schedule=schedule) + extra_mib * MIB
     result = run_apart(
-        target, memory, speculative, batch=16, prompt=250, max_tokens=8, temperature=1.0
+        target,
+        memory,
+        speculative,
+        schedule=schedule,
+        batch=16,
+        prompt=250,
+        max_tokens=8,
+        temperature=1.0,
     )
     assert result["peak"] <= memory

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from budgets import few_slots
+from budgets import few_slots, trade_nothing
 from specmoeoff import LLM, SamplingParams, SpeculativeConfig
-from specmoeoff.engine import planned_build, planned_memory
+from specmoeoff.engine import pass_ops, planned_build, planned_memory
 from specmoeoff.engine.memory_plan import kv_page_bytes
 from specmoeoff.engine.model_files import ModelFiles
+from specmoeoff.engine.pass_ops import PassOps
 from specmoeoff.engine.planned_target import PlannedTarget
 from specmoeoff.errors import DoesNotFitError, InvalidInputError, OpError
 from specmoeoff.pipeline.executor import SerialExecutor
@@ -234,6 +235,102 @@ def test_rounded_activations(tiny_mixtral: Path) -> None:
         assert llm.policy.dtype == "bfloat16"
 
 
+# Slots and pages ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("drafts", SPECULATION)
+@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
+def test_experts_borrow_what_the_kv_cache_does_not_need(
+    tiny_mixtral: Path,
+    tiny_draft: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    schedule: str,
+    drafts: str,
+) -> None:
+    """Slots come and go between steps, never more than fit beside the pages, and no token changes.
+
+    As many pages as take the room of four slots and a half; longer and longer sequences.
+    """
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True) for n in (3, 40, 4, 70, 9)
+    ]
+    options = {
+        "max_num_seqs": 2,
+        "max_model_len": 96,
+        "speculative_config": speculation(drafts, tiny_draft),
+    }
+    with opened(tiny_mixtral, **options) as llm:
+        wanted = [o.outputs[0].token_ids for o in llm.generate(list(TEXTS[:5]), params)]
+    files = ModelFiles.open(str(tiny_mixtral))
+    slot = planned_memory.slot_bytes(files.expert_layouts())
+    page = kv_page_bytes(files.model.config, "bfloat16")
+    num_pages = 9 * slot // (2 * page)
+    monkeypatch.setattr(planned_memory, "_pages", lambda *_: num_pages)
+    monkeypatch.setattr(planned_memory, "_reserve_slots", few_slots(5))
+    with opened(tiny_mixtral, schedule=schedule, device="cpu", **options) as llm:
+        planned = llm._engine._target.planned  # type: ignore[attr-defined]
+        kv, experts, arena = planned.forward.kv, planned.experts, planned.experts._own._arena
+        assert experts.num_slots == 5 + 4
+        seen = []
+        hold = type(arena).hold
+
+        def held(self: Any, num_bytes: int) -> None:
+            hold(self, num_bytes)
+            total = arena._held + kv._arena._held
+            assert total <= 5 * slot + num_pages * page
+            seen.append(experts.num_slots)
+
+        monkeypatch.setattr(type(arena), "hold", held)
+        outputs = llm.generate(list(TEXTS[:5]), params)
+        assert [o.outputs[0].token_ids for o in outputs] == wanted
+        assert min(seen) < 8
+        assert experts.num_slots == llm.stats().expert_slots == 5 + 4
+
+
+def test_an_expert_that_is_kept_is_not_read_again(
+    tiny_mixtral: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With room for nine of ten experts in all each step reads one, without the extra ones five."""
+    monkeypatch.setattr(planned_memory, "_reserve_slots", few_slots(6))
+    read = {}
+    for trades in (True, False):
+        with monkeypatch.context() as patch:
+            if not trades:
+                trade_nothing(patch)
+            with opened(tiny_mixtral, schedule="specmoeoff") as llm:
+                llm._engine._target.planned.experts._max_slots = 9  # type: ignore[attr-defined]
+                llm._engine._target.rebalance()
+                read[trades] = [
+                    sum(op.kind == "read" for op in step.plan.ops) for step in timelines(llm, 6)
+                ]
+    assert read[True][0] == read[False][0], "what is kept is read where it would be streamed anyway"
+    assert read[False][-1] - read[True][-1] == 3
+
+
+def test_what_is_kept_outlasts_a_step_that_fails(
+    tiny_mixtral: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planned_memory, "_reserve_slots", few_slots(6))
+    params = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
+    with opened(tiny_mixtral, schedule="specmoeoff") as llm:
+        wanted = [o.outputs[0].token_ids for o in llm.generate(list(TEXTS), params)]
+        forward = llm._engine._target.planned.forward  # type: ignore[attr-defined]
+        kept = [held for held in forward._held if held.buffer.startswith("kept")]
+        assert len(kept) == 4
+        with monkeypatch.context() as patch:
+            patch.setattr(PassOps, "_attend", lambda *_: 1 / 0)
+            patch.setitem(pass_ops._OPS, "attend", PassOps._attend)
+            with pytest.raises(OpError, match="attend"):
+                llm.generate(list(TEXTS), params)
+        assert set(forward._held) == set(kept)
+        assert [o.outputs[0].token_ids for o in llm.generate(list(TEXTS), params)] == wanted
+        forward.keeps_steps = True
+        llm.generate(list(TEXTS), params)
+        ops = [op for step in forward.steps for op in step.timeline().plan.ops]
+        read = {(op.layer, op.experts[0]) for op in ops if op.kind == "read"}
+        assert not read & {(held.layer, held.expert) for held in kept}
+
+
 # What the engine says -----------------------------------------------------------------------------
 
 
@@ -274,6 +371,7 @@ def test_figures_of_planned_steps(
     tiny_mixtral: Path, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     monkeypatch.setattr(planned_memory, "_reserve_slots", SIX_SLOTS)
+    trade_nothing(monkeypatch)
     with opened(tiny_mixtral, schedule="specmoeoff", **DEVICES[device]) as llm:
         steps = timelines(llm, 6)
         stats = llm.stats()

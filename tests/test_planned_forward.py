@@ -18,7 +18,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from budgets import MIB, few_slots, forget_this_process, less_than_all_experts, smallest_budget
+from budgets import (
+    MIB,
+    few_slots,
+    forget_this_process,
+    less_than_all_experts,
+    smallest_budget,
+    trade_nothing,
+)
 from specmoeoff.config import EngineConfig
 from specmoeoff.devices.host import HostDevice
 from specmoeoff.engine import planned_memory
@@ -87,7 +94,10 @@ class Bench:
         self, executor: Executor, schedule: str, placement: Placement, **options: Any
     ) -> PlannedForward:
         experts = PlannedExperts(
-            self.files.expert_layouts(), options.pop("num_slots", NUM_SLOTS), self.reader
+            self.files.expert_layouts(),
+            options.pop("num_slots", NUM_SLOTS),
+            self.reader,
+            max_slots=options.pop("max_slots", 0),
         )
         if placement is DEVICE:
             experts.keep_all_on_host()
@@ -217,6 +227,20 @@ def test_one_slot_is_enough_for_ours(
 ) -> None:
     forward = bench.planned(executor, "specmoeoff", CPU, num_slots=1)
     assert same(Conversation(forward).steps(3), expected)
+
+
+@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
+def test_slots_that_come_and_go_change_nothing(
+    bench: Bench, executor: OverlappedExecutor, schedule: str
+) -> None:
+    """What is kept in them is loaded by steps that load it anyway, and is gone with its slot."""
+    forward = bench.planned(executor, schedule, CPU, num_micro_batches=3, max_slots=15)
+    talk, plain = Conversation(forward), Conversation(bench.plain())
+    for num_slots in (9, 15, 8, 7, 12, 12):
+        forward._experts.resize(num_slots)
+        assert same(talk.step(), plain.step())
+        kept = [h for h in forward._held if h.buffer.startswith("kept")]
+        assert len(kept) <= num_slots - NUM_SLOTS
 
 
 def test_a_set_speed_changes_no_bit(
@@ -402,6 +426,7 @@ def test_closing_while_a_read_hangs(
     forget_this_process(monkeypatch)
     num_slots = 6 if where == "in an op" else 10
     monkeypatch.setattr(planned_memory, "_reserve_slots", few_slots(num_slots))
+    trade_nothing(monkeypatch)
     wanted = replace(wanted, overlapped=kind == "overlapped", device=device)
     memory = smallest_budget(tiny_mixtral) + MIB
     config = EngineConfig(model=str(tiny_mixtral), memory=memory)

@@ -18,12 +18,12 @@ from specmoeoff.errors import InvalidInputError
 from specmoeoff.pipeline.chain import chain
 from specmoeoff.pipeline.costs import Costs, Rate
 from specmoeoff.pipeline.schedules import SCHEDULES, build_plan
-from specmoeoff.pipeline.schedules.belt import split
+from specmoeoff.pipeline.schedules.belt import KEPT, split
 from specmoeoff.pipeline.schedules.shape import CPU, DEVICE, DEVICE_AND_DISK, MicroBatch, StepShape
 from specmoeoff.pipeline.tune import steady_step_s, steps_of, tuned
 
 if TYPE_CHECKING:
-    from specmoeoff.pipeline.plan import Op, Plan
+    from specmoeoff.pipeline.plan import Held, Op, Plan
 
 NAMES = sorted(SCHEDULES)
 EXPERT = 2304
@@ -208,6 +208,36 @@ def test_the_split_uses_every_slot(num_slots: int, layers_ahead: float, extra: i
     assert found.ring_slots >= 1
     per_layer = [len(found.streamed(layer, 4)) for layer in range(3)]
     assert max(per_layer) - min(per_layer) <= 1, "what stays is spread evenly"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(counts=st.lists(st.integers(0, 9), min_size=2, max_size=8), num_slots=st.integers(4, 11))
+@settings(max_examples=40)
+def test_extra_slots_come_and_go_at_no_load(name: str, counts: list[int], num_slots: int) -> None:
+    """Each step loads what it did without them, less what they keep; the first keep the same."""
+    step = shape(num_slots=num_slots)
+    try:
+        plain = steps_of(name, step, 3)[-1]
+    except InvalidInputError:
+        return
+    places: dict[str, tuple[int, int]] = {}
+    held: tuple[Held, ...] = plain.held_at_start
+    before: list[Held] = []
+    for count in [*counts, counts[-1], counts[-1]]:
+        plan = build_plan(name, replace(step, extra_slots=count), held)
+        kept = [h for h in plan.held_at_end if h.buffer.startswith(KEPT)]
+        assert len(kept) <= count
+        for h in kept:
+            assert places.setdefault(h.buffer, (h.layer, h.expert)) == (h.layer, h.expert)
+        # Those whose slots are still there are not loaded again.
+        there = {h for h in before if int(h.buffer.split()[-1]) < count}
+        assert there <= set(plan.held_at_start)
+        loaded = {(op.layer, op.experts[0]) for op in plan.ops if op.kind == "load"}
+        assert not loaded & {(h.layer, h.expert) for h in there}
+        held, before = plan.held_at_end, kept
+    streamed = {(op.layer, op.experts) for op in plain.ops if op.kind == "load"}
+    assert len(kept) == min(counts[-1], len(streamed))
+    assert len(loaded) == len(streamed) - len(kept)
 
 
 def test_too_few_slots_and_unknown_names_are_refused() -> None:

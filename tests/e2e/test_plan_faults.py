@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from budgets import few_slots
+from budgets import few_slots, trade_nothing
 from specmoeoff import LLM, SamplingParams, SpeculativeConfig, kernels
 from specmoeoff.devices.host import HostDevice
 from specmoeoff.engine import planned_build, planned_memory
@@ -94,6 +94,7 @@ def streaming(monkeypatch: pytest.MonkeyPatch) -> None:
     """Six slots for fifteen experts, and no host memory for all of them."""
     monkeypatch.setattr(planned_memory, "_reserve_slots", few_slots(6))
     monkeypatch.setattr(planned_memory, "_experts_bytes", lambda files: 1 << 50)
+    trade_nothing(monkeypatch)
 
 
 def opened(model: Path, device: str) -> LLM:

@@ -140,7 +140,7 @@ def _planned_engine(
     except BaseException:
         planned.close()
         raise
-    return _engine(config, plan, PlannedTarget(planned, split.num_slots), drafting)
+    return _engine(config, plan, PlannedTarget(planned), drafting)
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,14 @@ from specmoeoff.engine.planned_memory import (
 from specmoeoff.engine.torch_build import open_torch, with_device_memory
 from specmoeoff.engine.weights import Loader, ModelWeights, load_dense
 from specmoeoff.models.registry import build_model
+from specmoeoff.offload.elastic import ElasticMemory
 from specmoeoff.offload.kv_cache import KvCache
 from specmoeoff.offload.planned_experts import PlannedExperts, slot_bytes
 from specmoeoff.offload.reader import Reader
 from specmoeoff.pipeline.executor import Executor, SerialExecutor
 from specmoeoff.pipeline.overlapped import OverlappedExecutor
 from specmoeoff.pipeline.schedules.shape import (
+    CPU,
     DEVICE,
     DEVICE_AND_DISK,
     MicroBatch,
@@ -58,6 +60,9 @@ class Planned:
     forward: PlannedForward
     reader: Reader
     tiers: tuple[Tier, ...]
+    experts: PlannedExperts
+    elastic: ElasticMemory | None = None
+    """Lets experts have what the KV cache does not need, where the two share a tier."""
 
     def uses(self, resident_bytes: int) -> dict[str, TierUse]:
         """Return what each tier held, of a process that held so many bytes at its peak.
@@ -128,7 +133,21 @@ def load_planned(
         # They are on the device now, and attention on the host needs none.
         weights = ModelWeights({}, [])
     reader = Reader()
-    experts = PlannedExperts(files.expert_layouts(), split.num_slots, reader, slots)
+    kv = KvCache(
+        model.num_layers,
+        model.num_kv_heads,
+        model.head_dim,
+        split.num_pages,
+        config.kv_dtype,
+        PAGE_TOKENS,
+    )
+    slot, num_slots = slot_bytes(files.expert_layouts()), split.num_slots
+    traded = kv.max_pages * kv.page_bytes if split.placement is CPU else 0
+    most = min(num_slots + traded // slot, files.total_experts)
+    experts = PlannedExperts(files.expert_layouts(), num_slots, reader, slots, most)
+    elastic = None
+    if traded:
+        elastic = ElasticMemory(traded + num_slots * slot, experts, [kv], num_slots)
     try:
         if split.placement is DEVICE:
             experts.keep_all_on_host()
@@ -153,19 +172,12 @@ def load_planned(
         target,
         weights,
         experts,
-        KvCache(
-            model.num_layers,
-            model.num_kv_heads,
-            model.head_dim,
-            split.num_pages,
-            config.kv_dtype,
-            PAGE_TOKENS,
-        ),
+        kv,
         machine,
         split.tiers[-1] if split.placement.has_link else None,
         compute,
     )
-    return Planned(forward, reader, split.tiers)
+    return Planned(forward, reader, split.tiers, experts, elastic)
 
 
 def planned_dtype(config: EngineConfig, wanted: PlannedConfig, files: ModelFiles) -> Dtype:

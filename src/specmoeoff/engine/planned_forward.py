@@ -18,6 +18,7 @@ from specmoeoff.engine.pass_ops import PassOps
 from specmoeoff.errors import OpError, StreamError
 from specmoeoff.pipeline.pace import paced
 from specmoeoff.pipeline.schedules import build_plan
+from specmoeoff.pipeline.schedules.belt import KEPT
 from specmoeoff.pipeline.schedules.shape import Draft, MicroBatch, Placement, StepShape
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ class PlannedForward:
         perform = work.perform if costs is None else paced(work.perform, costs)
         perform = self.busy.timed(perform)
         # What a failed step has loaded may be half there, so the next one must not count on it.
-        self._held = ()
+        self._held = tuple(held for held in plan.held_at_start if held.buffer.startswith(KEPT))
         try:
             step = self.machine.executor.run(plan, perform)
         except OpError as error:
@@ -223,8 +224,9 @@ class PlannedForward:
             config=self.model.config,
             micro_batches=tuple(_micro_batch(batch, self.kv) for batch in batches),
             placement=self.machine.placement,
-            num_slots=self._experts.num_slots,
+            num_slots=self._experts.fixed_slots,
             expert_bytes=self._experts.slot_bytes,
+            extra_slots=self._experts.num_slots - self._experts.fixed_slots,
             kv_item_bytes=self.kv.layer(0)[0].itemsize,
             kv_scale_bytes=0 if scales is None else scales.itemsize,
             host_slots=self.machine.host_slots,

@@ -1,6 +1,6 @@
-"""Splits the memory of planned passes by tier before any weight is read: nothing is traded later.
+"""Splits the memory of planned passes by tier before any weight is read.
 
-A plan counts on its slots from step to step, so slots and KV cache each have a share of their own.
+Slots and KV cache have a share each; in one tier, experts borrow what the cache does not hold.
 With a device, weights that stay, experts in use and what a schedule ships there have to fit in its
 memory; the process, the KV cache and the experts behind the link in the host's. Drafts run on the
 host's kernels, which are the simulated device's too: there they count as the device's.

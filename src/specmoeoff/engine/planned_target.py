@@ -19,13 +19,12 @@ if TYPE_CHECKING:
 
 
 class PlannedTarget:
-    """See ``engine.target.Target``. Its memory was split for good, so nothing is lent."""
+    """See ``engine.target.Target``. What a step needs was put aside for good, so none is lent."""
 
-    def __init__(self, planned: Planned, num_slots: int) -> None:
+    def __init__(self, planned: Planned) -> None:
         self.kv = planned.forward.kv
         self.model = planned.forward.model
         self.planned = planned
-        self._num_slots = num_slots
 
     def run(
         self, spans: Sequence[Span], with_drafts: WithDrafts | None = None
@@ -42,10 +41,12 @@ class PlannedTarget:
         return self.planned.forward.best(hidden)
 
     def lend(self, num_bytes: int) -> None:
-        """Slots that come and go would change what stays, and all of that would be read again."""
+        """Have none of it: a plan's activations are put aside for the largest step there is."""
 
     def rebalance(self) -> None:
-        """See ``lend``."""
+        """Give experts what the KV cache no longer holds, where the two share a tier."""
+        if self.planned.elastic is not None:
+            self.planned.elastic.rebalance()
 
     def count(self, stats: EngineStats) -> None:
         """Enter what lanes did and tiers held; experts come to their slots on the link."""
@@ -57,7 +58,7 @@ class PlannedTarget:
         stats.fetched_experts = busy.num_weights[link]
         stats.wanted_experts = busy.wanted_experts
         stats.stalled_s = max(0.0, busy.run_s - busy.lane_s[placement.compute])
-        stats.expert_slots = self._num_slots
+        stats.expert_slots = self.planned.experts.num_slots
         stats.tiers = self.planned.uses(stats.peak_memory_bytes)
         stats.lane_busy_s = {lane: busy.lane_s[lane] for lane in LANES} | {"draft": stats.draft_s}
 

@@ -9,24 +9,32 @@ what was lent, and the expert store never falls below its least number of slots.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from specmoeoff.offload.expert_store import ExpertStore
     from specmoeoff.offload.kv_cache import KvCache
 
 GROWTH_PAGES = 4
 """The caches' share moves in runs of pages, so that the slots are not resized for each one."""
 
 
+class Slots(Protocol):
+    """Where experts are kept, an ``ExpertStore`` or ``PlannedExperts``."""
+
+    slot_bytes: int
+    num_slots: int
+    """Slots that there are."""
+
+    def resize(self, num_slots: int) -> None:
+        """Have so many slots from now on, or as many as there can be."""
+
+
 class ElasticMemory:
     """``total`` bytes shared by one expert store and some KV caches."""
 
-    def __init__(
-        self, total: int, store: ExpertStore, caches: Sequence[KvCache], min_slots: int
-    ) -> None:
+    def __init__(self, total: int, store: Slots, caches: Sequence[KvCache], min_slots: int) -> None:
         self.total = total
         self._store = store
         self._caches = list(caches)

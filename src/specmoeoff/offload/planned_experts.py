@@ -17,6 +17,7 @@ import numpy as np
 from specmoeoff.errors import StreamError
 from specmoeoff.offload.arena import Arena, round_up
 from specmoeoff.offload.reader import Read
+from specmoeoff.pipeline.schedules.belt import KEPT
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -45,7 +46,7 @@ class PlannedExperts:
     """The experts of one model in ``num_slots`` slots where they are used.
 
     ``slots`` are that many in a device's memory, which is reached from the host's only; without
-    them the slots are the host's own.
+    them the slots are the host's own, and up to ``max_slots`` may be had for a while (``resize``).
     """
 
     def __init__(
@@ -54,14 +55,19 @@ class PlannedExperts:
         num_slots: int,
         reader: Reader,
         slots: ExpertSlots | None = None,
+        max_slots: int = 0,
     ) -> None:
         self.slot_bytes = slot_bytes(layouts)
         self.num_slots = num_slots
+        """Slots that there are now."""
+        self.fixed_slots = num_slots
+        """Slots that there always are; the others are extra ones."""
+        self._max_slots = max(max_slots, num_slots)
         self._layouts = layouts
         self._reader = reader
         self._own: _Slots | None = None
         if slots is None:
-            slots = self._own = _Slots(num_slots, self.slot_bytes)
+            slots = self._own = _Slots(num_slots, self.slot_bytes, self._max_slots)
         self._slots = slots
         self._host: _Slots | None = None
         self._home: dict[Expert, int] = {}
@@ -97,6 +103,16 @@ class PlannedExperts:
         assert self._host is not None
         return self._host.memory
 
+    def resize(self, num_slots: int) -> None:
+        """Have so many slots of the host's own from now on, as far as that is possible.
+
+        Call between steps: what the slots beyond them hold is gone.
+        """
+        assert self._own is not None
+        self.num_slots = min(max(num_slots, self.fixed_slots), self._max_slots)
+        self._own.hold(self.num_slots)
+        self._streamed = {e: slot for e, slot in self._streamed.items() if slot < self.num_slots}
+
     def keep(self, experts: Iterable[Expert]) -> None:
         """Make these the experts that stay, in the slots before the ring's.
 
@@ -125,24 +141,25 @@ class PlannedExperts:
     # -- what ops do -------------------------------------------------------------------------------
 
     def read(self, expert: Expert, buffer: str) -> None:
-        """Bring an expert from disk into a slot of the ring, or of the host (``host slot 3``).
+        """Bring an expert from disk into a slot where it is used, or of the host (``host slot 3``).
 
         Raises:
             StreamError: It could not be read.
         """
-        number = int(buffer.rpartition(" ")[2])
         if buffer.startswith("host"):
             assert self._host is not None
+            number = int(buffer.rpartition(" ")[2])
             self._fetch(self._host, {expert: number})
             self._staged[expert] = number
         else:
             assert self._own is not None
-            self._fetch(self._own, {expert: len(self._resident) + number})
-            self._streamed[expert] = len(self._resident) + number
+            slot = self._slot(buffer)
+            self._fetch(self._own, {expert: slot})
+            self._streamed[expert] = slot
 
     def load(self, expert: Expert, buffer: str) -> None:
-        """Copy an expert from the host into a slot of the ring."""
-        slot = len(self._resident) + int(buffer.rpartition(" ")[2])
+        """Copy an expert from the host into a slot where it is used."""
+        slot = self._slot(buffer)
         home = self._home[expert] if self._home else self._staged.pop(expert)
         self._fill(slot, expert, home)
         self._streamed[expert] = slot
@@ -152,6 +169,11 @@ class PlannedExperts:
         slot = self._resident.get(expert)
         slot = self._streamed[expert] if slot is None else slot
         return self._slots.tensors(slot, self._layout(expert))
+
+    def _slot(self, buffer: str) -> int:
+        """Return the slot of a buffer: those that stay come first, then the ring, then extra."""
+        name, _, number = buffer.rpartition(" ")
+        return (self.fixed_slots if name == KEPT else len(self._resident)) + int(number)
 
     def _layout(self, expert: Expert) -> ExpertLayout:
         layer, number = expert
@@ -205,10 +227,13 @@ class PlannedExperts:
 class _Slots:
     """Host memory for so many experts; see ``ExpertSlots``."""
 
-    def __init__(self, num_slots: int, num_bytes: int) -> None:
+    def __init__(self, num_slots: int, num_bytes: int, max_slots: int = 0) -> None:
         self._num_bytes = num_bytes
-        self._arena = Arena(num_slots * num_bytes)
-        self._arena.hold(num_slots * num_bytes)
+        self._arena = Arena(max(num_slots, max_slots) * num_bytes)
+        self.hold(num_slots)
+
+    def hold(self, num_slots: int) -> None:
+        self._arena.hold(num_slots * self._num_bytes)
 
     @property
     def memory(self) -> NDArray[np.uint8]:

@@ -5,10 +5,16 @@ order, so that the link has something to do at any time. The others take turns i
 takes the slot that was given back the longest ago. Loads stand in the plan just before their first
 use: lanes start what is ready and listed first, so a load goes ahead of its time whenever the link
 is free, and behind every activation that is wanted sooner.
+
+Extra slots are there for as long as nothing else needs their memory. Each has an expert of its own,
+of those that do not stay, so that the first few of the slots always keep the same ones, spread over
+the order of use whatever their number. Where it is not there yet the load that the step has to make
+anyway brings it there, and it is held from then on: that slots come and go costs no load.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,6 +27,9 @@ if TYPE_CHECKING:
 
     from specmoeoff.pipeline.schedules.shape import StepShape
     from specmoeoff.pipeline.schedules.writer import PlanWriter
+
+KEPT = "kept slot"
+"""What the buffers of extra slots are called, with their number."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,19 @@ def _spread(shape: StepShape, num_resident: int) -> frozenset[tuple[int, int]]:
     return frozenset(divmod(index, shape.num_experts) for index in chosen)
 
 
+def _to_keep(shape: StepShape, parts: Split) -> list[tuple[int, int]]:
+    """Return the experts that do not stay so that the first few are spread over all of them."""
+    streamed = [
+        (layer, e)
+        for layer in range(shape.config.num_layers)
+        for e in parts.streamed(layer, shape.num_experts)
+    ]
+    # By the number whose bits are those of the index in reverse: halves, then quarters, ...
+    bits = len(streamed).bit_length()
+    order = sorted(range(len(streamed)), key=lambda i: int(f"{i:0{bits}b}"[::-1], 2))
+    return [streamed[i] for i in order]
+
+
 class Belt:
     """Writes the loads of a plan and keeps account of the ring."""
 
@@ -87,17 +109,47 @@ class Belt:
         if stay:
             writer.buffer("resident experts", "experts", stay * size)
         slots = [writer.buffer(f"slot {i}", "experts", size) for i in range(parts.ring_slots)]
+        self._ring = frozenset(slots)
+        self._kept_in = {
+            expert: writer.buffer(f"{KEPT} {i}", "experts", size)
+            for i, expert in enumerate(_to_keep(self._shape, parts)[: self._shape.extra_slots])
+        }
+        """Where an expert is to be kept."""
         if len(self._shape.placement.weights) == 2:
             self._host: deque[str] = deque(
                 writer.buffer(f"host slot {i}", "host", size) for i in range(self._shape.host_slots)
             )
-        self.held = tuple(h for h in held if h.buffer in slots)
+        self._kept = {
+            (h.layer, h.expert) for h in held if h.buffer == self._kept_in.get((h.layer, h.expert))
+        }
+        late = self._late({(h.layer, h.expert) for h in held if h.buffer in self._ring})
+        self.held = tuple(
+            h
+            for h in held
+            if (h.layer, h.expert) in self._kept
+            or (h.buffer in self._ring and (h.layer, h.expert) not in late)
+        )
         self._slot_of = {(h.layer, h.expert): h.buffer for h in self.held}
         self._free = deque(slot for slot in slots if slot not in self._slot_of.values())
 
+    def _late(self, in_ring: set[tuple[int, int]]) -> set[tuple[int, int]]:
+        """Return the experts of which one that is wanted sooner is not in the ring.
+
+        So it is for some where extra slots have gone. They would wait for their turn in the slots
+        that others need before.
+        """
+        order = [
+            (layer, e)
+            for layer in range(self._shape.config.num_layers)
+            for e in self.streamed(layer)
+            if (layer, e) not in self._kept_in
+        ]
+        return set(itertools.dropwhile(in_ring.__contains__, order))
+
     def streamed(self, layer: int) -> tuple[int, ...]:
-        """Return a layer's experts that pass through the ring, rising."""
-        return self._parts.streamed(layer, self._shape.num_experts)
+        """Return a layer's experts that are to be loaded in this step, rising."""
+        streamed = self._parts.streamed(layer, self._shape.num_experts)
+        return tuple(e for e in streamed if (layer, e) not in self._kept)
 
     @property
     def room(self) -> int:
@@ -112,12 +164,7 @@ class Belt:
         """
         if (layer, expert) in self._slot_of:
             return
-        if not self._free:
-            raise InvalidInputError(
-                f"schedule {self._writer.schedule!r} needs more than {self._shape.num_slots} "
-                "expert slots at once: give it more memory or use schedule 'specmoeoff'"
-            )
-        slot = self._free.popleft()
+        slot = self._kept_in.get((layer, expert)) or self._next_slot()
         self._slot_of[layer, expert] = slot
         size = (self._shape.expert_bytes, 0)
         what = {"layer": layer, "experts": (expert,), "ahead": ahead}
@@ -132,6 +179,14 @@ class Belt:
             self._host.rotate(-1)
             add("read", "disk", after, size, acquires=(host,), **what)
             add("load", "h2d", [], size, acquires=(slot,), releases=(host,), **what)
+
+    def _next_slot(self) -> str:
+        if not self._free:
+            raise InvalidInputError(
+                f"schedule {self._writer.schedule!r} needs more than {self._shape.num_slots} "
+                "expert slots at once: give it more memory or use schedule 'specmoeoff'"
+            )
+        return self._free.popleft()
 
     def run(
         self,
@@ -151,7 +206,9 @@ class Belt:
             release: Whether their slots are given back.
         """
         experts = tuple(experts)
-        slots = tuple(self._slot_of[layer, e] for e in experts if (layer, e) in self._slot_of)
+        found = [self._slot_of[layer, e] for e in experts if (layer, e) in self._slot_of]
+        slots = tuple(slot for slot in found if slot in self._ring)
+        kept = tuple(slot for slot in found if slot not in self._ring)
         number = self._writer.add(
             "experts",
             self._writer.compute,
@@ -160,12 +217,13 @@ class Belt:
             layer=layer,
             micro_batches=batch,
             experts=experts,
-            uses=() if release else slots,
+            uses=kept if release else (*slots, *kept),
             releases=slots if release else (),
         )
         if release:
             for e in experts:
-                self._slot_of.pop((layer, e), None)
+                if self._slot_of.get((layer, e)) in self._ring:
+                    del self._slot_of[layer, e]
             self._free.extend(slots)
         return number
 
@@ -175,7 +233,9 @@ class Belt:
             for expert in self.streamed(layer):
                 if not self._free:
                     break
-                self.load(layer, expert, ahead=True)
+                # One that is to be kept is loaded where it will be, by a step that has the slot.
+                if (layer, expert) not in self._kept_in:
+                    self.load(layer, expert, ahead=True)
         return self.holding()
 
     def holding(self) -> tuple[Held, ...]:

@@ -75,6 +75,8 @@ class StepShape:
     """Experts that fit where they are used."""
     expert_bytes: int
     """Bytes of a slot."""
+    extra_slots: int = 0
+    """Slots beside those, which a later step may not have; see ``belt.py``."""
     weight_bytes: int = 2
     """Bytes of one dense weight."""
     kv_item_bytes: int = 2
@@ -96,6 +98,8 @@ class StepShape:
         for name in ("num_slots", "host_slots", "waves"):
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.extra_slots < 0:
+            raise InvalidInputError(f"extra_slots is {self.extra_slots}; it must be at least 0")
         if self.ring_slots is not None and self.ring_slots < 1:
             raise InvalidInputError(f"ring_slots is {self.ring_slots}; it must be at least 1")
 

@@ -80,7 +80,8 @@ class PlanWriter:
         budgets: dict[str, int] = {}
         for buffer in self._buffers.values():
             budgets[buffer.pool] = budgets.get(buffer.pool, 0) + buffer.num_bytes
-        budgets["experts"] = self.shape.num_slots * self.shape.expert_bytes
+        slots = self.shape.num_slots + self.shape.extra_slots
+        budgets["experts"] = slots * self.shape.expert_bytes
         return Plan(
             self.schedule, tuple(self._ops), self._buffers, budgets, held_at_start, held_at_end
         )

@@ -30,7 +30,11 @@ class ReadLoop:
         return f"{self.num_threads} x {self.block_bytes >> 20} MiB"
 
     def bandwidth(self, files: Sequence[Path], seconds: float) -> float:
-        """Read for that long and return bytes per second."""
+        """Read for that long and return bytes per second.
+
+        Raises:
+            ValueError: No file has a whole block.
+        """
         blocks = _Blocks(files, self.block_bytes)
         start = time.monotonic()
         deadline = start + seconds
@@ -56,6 +60,9 @@ class _Blocks:
             for file, descriptor in zip(files, self._descriptors, strict=True)
             for offset in range(0, file.stat().st_size - block_bytes + 1, block_bytes)
         ]
+        if not self._places:
+            self.close()
+            raise ValueError(f"no file of {len(files)} has a block of {block_bytes} bytes to read")
         self._block_bytes = block_bytes
         self._lock = threading.Lock()
         self._next = 0

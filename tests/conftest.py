@@ -20,8 +20,8 @@ settings.register_profile("ci", derandomize=True, deadline=None, suppress_health
 settings.register_profile("explore", deadline=None, max_examples=1000, suppress_health_check=_QUIET)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-# A shell starts what it runs in the background with SIGINT ignored, and whatever that starts inherits
-# it: tests of Ctrl-C would wait for nothing.
+# A shell starts what it runs in the background with SIGINT ignored, which is inherited: tests of
+# Ctrl-C would wait for nothing.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -129,6 +129,7 @@ def _priced(options: argparse.Namespace) -> Iterator[Result]:
 
 def _measured(options: argparse.Namespace) -> Iterator[Result]:
     costs = costs_of(options.host, options.scale) if options.device == "sim" else None
+    device_memory = parse_memory_size(options.device_memory) if options.device_memory else 0
     for batch in options.batch:
         for name in SCHEDULES:
             wanted = PlannedConfig(
@@ -138,7 +139,7 @@ def _measured(options: argparse.Namespace) -> Iterator[Result]:
                 num_seqs=batch,
                 max_len=longest(options.context, options.steps),
                 max_tokens=max(batch, 512),
-                device_memory=parse_memory_size(options.device_memory or "0B"),
+                device_memory=device_memory,
                 costs=costs,
             )
             memory = parse_memory_size(options.memory) if options.memory else None

@@ -12,6 +12,7 @@ set or measured. Without a model nothing is run: a Mixtral 8x7B is priced at a h
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ from specmoeoff.pipeline.tune import steady_step_s, steps_of, tuned
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from specmoeoff.engine.record import Recording
 
 MIXTRAL = ModelConfig(
     model_type="mixtral",
@@ -143,19 +146,26 @@ def _measured(options: argparse.Namespace) -> Iterator[Result]:
                 costs=costs,
             )
             memory = parse_memory_size(options.memory) if options.memory else None
-            planned = open_planned(EngineConfig(model=str(options.target), memory=memory), wanted)
-            try:
-                made = record(
-                    planned.forward, batch, options.context, options.steps, wanted.max_tokens
-                )
-            finally:
-                planned.close()
+            made = _record(options, EngineConfig(str(options.target), memory=memory), wanted)
             best = min(made.timelines, key=lambda timeline: timeline.step_s)
             simulated_s = steady_step_s(name, made.shape, costs or made.costs)
             shares = dict(lane_shares(made.timelines))
             result = Result(name, batch, best.step_s, simulated_s, shares, best)
             print(f"# {name} {batch}: {best.step_s:.4f} s ({simulated_s:.4f})", flush=True)
             yield result
+
+
+def _record(options: argparse.Namespace, config: EngineConfig, wanted: PlannedConfig) -> Recording:
+    planned = open_planned(config, wanted)
+    try:
+        return record(
+            planned.forward, wanted.num_seqs, options.context, options.steps, wanted.max_tokens
+        )
+    finally:
+        planned.close()
+        # The next one's budget is the whole process's.
+        del planned
+        gc.collect()
 
 
 def _options() -> argparse.Namespace:

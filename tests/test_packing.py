@@ -146,6 +146,15 @@ def test_a_target_that_exists_is_left_alone(plain: Path, packed: Path) -> None:
         pack_model(plain, packed)
 
 
+def test_what_an_earlier_run_left_is_not_deleted(plain: Path, tmp_path: Path) -> None:
+    left = tmp_path / "packed.partial"
+    left.mkdir()
+    (left / "mine").write_text("keep")
+    with pytest.raises(InvalidInputError, match="remove it"):
+        pack_model(plain, tmp_path / "packed")
+    assert (left / "mine").read_text() == "keep"
+
+
 def test_what_is_packed_is_not_packed_again(packed: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="packed already"):
         pack_model(packed, tmp_path / "twice")

@@ -39,7 +39,7 @@ def run(options: PackOptions) -> int:
 
 
 class _Bar:
-    """A bar of bytes on a terminal, a line now and then elsewhere, nothing if quiet."""
+    """A bar of bytes on stderr, its last state only where that is no terminal; nothing if quiet."""
 
     def __init__(self, quiet: bool) -> None:
         self._show: Callable[[int, int], None] = lambda done, total: None

@@ -64,7 +64,7 @@ def pack_checkpoint(
 
     Raises:
         CheckpointError: A tensor has a dtype that is not read, or is packed already.
-        InvalidInputError: The target exists.
+        InvalidInputError: The target, or what it is called while it is written, exists.
         StreamError: A tensor could not be read.
         OSError: The target could not be written.
     """
@@ -76,7 +76,8 @@ def pack_checkpoint(
         if ref.is_packed:
             raise CheckpointError(f"{ref.file}: tensor {name!r} is packed already")
     partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    if partial.exists():
+        raise InvalidInputError(f"{partial} exists, of a run that was killed perhaps; remove it")
     partial.mkdir(parents=True)
     try:
         packed = _Packing(checkpoint, partial, names, progress).run()

@@ -268,3 +268,10 @@ def test_the_command_says_what_it_did(
     captured = capsys.readouterr()
     assert captured.out.strip() == str(target)
     assert "30 of" in captured.err
+
+
+def test_an_output_that_cannot_be_written_is_named(plain: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    options = app.parse(["pack", str(plain), "-o", str(tmp_path / "file" / "x"), "-q"])
+    with pytest.raises(InvalidInputError, match="cannot be written"):
+        pack.run(options)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from specmoeoff.cli.console import note, say
+from specmoeoff.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,8 +24,13 @@ def run(options: PackOptions) -> int:
 
     files = ModelFiles.open(options.model)
     names = {spec.name for spec in expert_specs(files.model)}
-    with _Bar(options.quiet) as bar:
-        packed = pack_checkpoint(files.checkpoint, Path(options.output), names, bar.show)
+    try:
+        with _Bar(options.quiet) as bar:
+            packed = pack_checkpoint(files.checkpoint, Path(options.output), names, bar.show)
+    except OSError as error:
+        raise InvalidInputError(
+            f"{options.output} cannot be written: {error.strerror or error}"
+        ) from error
     if options.json:
         say(json.dumps({"output": options.output, **dataclasses.asdict(packed)}))
         return 0

@@ -60,7 +60,7 @@ PACK_EXAMPLES = (
 PACK = (
     "Write a copy of a bfloat16 model whose experts take a quarter fewer bytes, without loss.\n\n"
     "Weights use few of the exponents that bfloat16 has, so 12 bits an element hold all that 16 "
-    "did. A quarter more experts fit in memory, the others take a quarter less time to stream, and "
+    "did. A third more experts fit in memory, the others take a quarter less time to stream, and "
     "the answers are the same, bit for bit. CPU and simulated devices read it; other programs "
     "don't."
 )

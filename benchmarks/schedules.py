@@ -3,10 +3,12 @@
 With a model, steps are run: on this machine, or on a simulated device whose links and processors
 are held to a set speed. Beside each measured step stands the simulator's, at the speeds that were
 set or measured. Without a model nothing is run: a Mixtral 8x7B is priced at a host's peak speeds.
+A round runs all six schedules in turn; with more rounds a figure is the median over rounds of the
+round's best step, so that a disk that drifts favours none of them.
 
     python benchmarks/schedules.py --host a30 --batch 1 16 64 256 1817
     python benchmarks/schedules.py --target DIR --device sim --device-memory 20MB --scale 0.001
-    python benchmarks/schedules.py --target DIR --device cpu --memory 1GiB
+    python benchmarks/schedules.py --target DIR --device cpu --memory 1GiB --rounds 3
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import gc
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 from harness.machine import machine
@@ -60,15 +63,42 @@ EAGLE = Draft(num_tokens=4, weight_bytes=int(1.6e9), num_weights=int(0.8e9))
 
 
 @dataclass(frozen=True)
-class Result:
-    """One schedule at one batch."""
+class Round:
+    """One schedule's turn: its best step, the simulator's, and the lanes over all its steps."""
 
-    schedule: str
-    batch: int
     step_s: float
     simulated_s: float
     lane_shares: dict[str, float]
     timeline: Timeline
+
+    def figures(self) -> dict[str, object]:
+        """Return what the record keeps."""
+        shares = {lane: share for lane, share in self.lane_shares.items() if share}
+        return {"step_s": self.step_s, "simulated_s": self.simulated_s, "lane_shares": shares}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One schedule at one batch, round after round."""
+
+    schedule: str
+    batch: int
+    rounds: list[Round]
+
+    @property
+    def step_s(self) -> float:
+        """The median of the rounds' best steps."""
+        return median(r.step_s for r in self.rounds)
+
+    @property
+    def simulated_s(self) -> float:
+        """The median over the rounds, whose measured speeds may differ."""
+        return median(r.simulated_s for r in self.rounds)
+
+    @property
+    def timeline(self) -> Timeline:
+        """A step of the round nearest to the median."""
+        return min(self.rounds, key=lambda r: abs(r.step_s - self.step_s)).timeline
 
 
 def main() -> None:
@@ -95,7 +125,7 @@ def main() -> None:
             "batch": r.batch,
             "step_s": r.step_s,
             "simulated_s": r.simulated_s,
-            "lane_shares": {lane: share for lane, share in r.lane_shares.items() if share},
+            "rounds": [one.figures() for one in r.rounds],
         }
         for r in results
     ]
@@ -127,32 +157,39 @@ def _priced(options: argparse.Namespace) -> Iterator[Result]:
         for name in SCHEDULES:
             steps = simulate_steps(steps_of(name, best, 4), costs)[1:]
             step_s = steps[-1].step_s
-            yield Result(name, batch, step_s, step_s, dict(lane_shares(steps)), steps[-1])
+            priced = Round(step_s, step_s, dict(lane_shares(steps)), steps[-1])
+            yield Result(name, batch, [priced])
 
 
 def _measured(options: argparse.Namespace) -> Iterator[Result]:
-    costs = costs_of(options.host, options.scale) if options.device == "sim" else None
-    device_memory = parse_memory_size(options.device_memory) if options.device_memory else 0
     for batch in options.batch:
-        for name in SCHEDULES:
-            wanted = PlannedConfig(
-                schedule=name,
-                device=options.device,
-                num_micro_batches=min(options.micro_batches, batch),
-                num_seqs=batch,
-                max_len=longest(options.context, options.steps),
-                max_tokens=max(batch, 512),
-                device_memory=device_memory,
-                costs=costs,
-            )
-            memory = parse_memory_size(options.memory) if options.memory else None
-            made = _record(options, EngineConfig(str(options.target), memory=memory), wanted)
-            best = min(made.timelines, key=lambda timeline: timeline.step_s)
-            simulated_s = steady_step_s(name, made.shape, costs or made.costs)
-            shares = dict(lane_shares(made.timelines))
-            result = Result(name, batch, best.step_s, simulated_s, shares, best)
-            print(f"# {name} {batch}: {best.step_s:.4f} s ({simulated_s:.4f})", flush=True)
-            yield result
+        results = [Result(name, batch, []) for name in SCHEDULES]
+        for number in range(1, options.rounds + 1):
+            for result in results:
+                found = _round(options, result.schedule, batch)
+                result.rounds.append(found)
+                cell = f"{result.schedule} {batch}, round {number}"
+                print(f"# {cell}: {found.step_s:.4f} s ({found.simulated_s:.4f})", flush=True)
+        yield from results
+
+
+def _round(options: argparse.Namespace, schedule: str, batch: int) -> Round:
+    costs = costs_of(options.host, options.scale) if options.device == "sim" else None
+    memory = parse_memory_size(options.memory) if options.memory else None
+    wanted = PlannedConfig(
+        schedule=schedule,
+        device=options.device,
+        num_micro_batches=min(options.micro_batches, batch),
+        num_seqs=batch,
+        max_len=longest(options.context, options.steps),
+        max_tokens=max(batch, 512),
+        device_memory=parse_memory_size(options.device_memory) if options.device_memory else 0,
+        costs=costs,
+    )
+    made = _record(options, EngineConfig(str(options.target), memory=memory), wanted)
+    best = min(made.timelines, key=lambda timeline: timeline.step_s)
+    simulated_s = steady_step_s(schedule, made.shape, costs or made.costs)
+    return Round(best.step_s, simulated_s, dict(lane_shares(made.timelines)), best)
 
 
 def _record(options: argparse.Namespace, config: EngineConfig, wanted: PlannedConfig) -> Recording:
@@ -180,9 +217,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--micro-batches", type=int, default=4)
     parser.add_argument("--context", type=int, default=576)
     parser.add_argument("--verified", type=int, default=1, help="tokens a sequence and step")
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3, help="of a round")
+    parser.add_argument("--rounds", type=int, default=1, help="over all schedules, when run")
     parser.add_argument("--png", type=Path)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    return options
 
 
 if __name__ == "__main__":

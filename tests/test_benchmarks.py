@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -75,6 +76,24 @@ def test_sim_overlap(tiny_mixtral: Path, tmp_path: Path) -> None:
     assert results["waves"] >= 1
     assert numbers([results["ring_slots"] or 0, results["num_slots"]])
     assert json.loads(trace.read_text())["traceEvents"]
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_schedules_take_turns_round_after_round(tiny_mixtral: Path, tmp_path: Path) -> None:
+    png = tmp_path / "steps.png"
+    record = run(
+        "schedules",
+        f"--target={tiny_mixtral}",
+        *("--device-memory", "3MB", "--scale", 0.01, "--batch", 1, 3, "--context", 8),
+        *("--steps", 2, "--rounds", 2, "--png", png),
+    )
+    cells = [(result["batch"], result["schedule"]) for result in record["results"]]
+    assert cells == [(batch, name) for batch in (1, 3) for name in SCHEDULES]
+    for result in record["results"]:
+        assert len(result["rounds"]) == 2
+        for figure in ("step_s", "simulated_s"):
+            assert result[figure] == median(r[figure] for r in result["rounds"])
+        assert all(r["step_s"] > 0 and r["lane_shares"] for r in result["rounds"])
     assert png.read_bytes().startswith(b"\x89PNG")
 
 

@@ -29,7 +29,7 @@ from budgets import (
 from specmoeoff.config import EngineConfig
 from specmoeoff.devices.host import HostDevice
 from specmoeoff.engine import planned_memory
-from specmoeoff.engine.forward import Forward, ResidentExperts, Span
+from specmoeoff.engine.forward import Forward, Span
 from specmoeoff.engine.micro_batch import cut
 from specmoeoff.engine.model_files import ModelFiles
 from specmoeoff.engine.pass_ops import PassOps
@@ -71,7 +71,7 @@ class Plain(Forward):
     """The pass that all are compared with, all experts in memory."""
 
     def __init__(self, model: Model, weights: ModelWeights, kv: KvCache) -> None:
-        super().__init__(model, weights, ResidentExperts(weights.experts), kv)
+        super().__init__(model, weights, kv)
         self.kv = kv
 
 

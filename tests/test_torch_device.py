@@ -23,7 +23,7 @@ from specmoeoff.devices.base import Pages, Places
 from specmoeoff.devices.torch_device import WORKSPACE_BYTES, TorchDevice
 from specmoeoff.devices.torch_memory import TorchSlots, pin
 from specmoeoff.engine.dtype import choose_dtype
-from specmoeoff.engine.forward import Forward, ResidentExperts, Span
+from specmoeoff.engine.forward import Forward, Span
 from specmoeoff.engine.model_files import ModelFiles
 from specmoeoff.engine.planned_build import Planned, PlannedConfig, open_planned
 from specmoeoff.engine.planned_memory import split_memory
@@ -94,7 +94,7 @@ def plain(directory: Path, kv_dtype: str = "bfloat16", activations: str = "float
     config = files.model.config
     kv = KvCache(config.num_layers, config.num_kv_heads, config.head_dim, 32, kv_dtype)
     model = build_model(config, "bfloat16" if activations == "bfloat16" else "float32")
-    return Forward(model, weights, ResidentExperts(weights.experts), kv)
+    return Forward(model, weights, kv)
 
 
 def wanted(where: str, **fields: object) -> PlannedConfig:

@@ -11,7 +11,7 @@ from specmoeoff import kernels
 from specmoeoff.engine.allocator import return_large_blocks
 from specmoeoff.engine.draft_kv import SharedDraft, shared_layers
 from specmoeoff.engine.engine import Engine, Parts
-from specmoeoff.engine.forward import Forward, ResidentExperts, Span
+from specmoeoff.engine.forward import Forward, Span
 from specmoeoff.engine.memory_plan import (
     DRAFT_ROWS,
     draft_kv_dtype,
@@ -244,14 +244,13 @@ def _model_drafter(
     # Drafts never change the output, so they take the rounding where it makes them faster.
     activations: Activations = "bfloat16" if kernels.multiplies_bfloat16() else "float32"
     model = build_model(draft.config, activations)
-    experts = ResidentExperts(draft.weights.experts)
     longest = draft.config.max_position_embeddings
     if draft.target_layers is not None:
         layers = KvLayers(target_kv, draft.target_layers)
-        forward = DraftForward(Forward(model, draft.weights, experts, layers))
+        forward = DraftForward(Forward(model, draft.weights, layers))
         return ModelDrafter(forward, TargetContexts(), longest, plan.distribution_bytes), ()
     kv = _kv_cache(draft.config, kv_dtype, plan.kv_pages)
-    forward = DraftForward(Forward(model, draft.weights, experts, kv))
+    forward = DraftForward(Forward(model, draft.weights, kv))
     contexts = OwnContexts(kv, forward.run_tokens, longest, DRAFT_ROWS)
     return ModelDrafter(forward, contexts, longest, plan.distribution_bytes), (kv,)
 

@@ -1,21 +1,19 @@
-"""One pass of a model over many sequences: the maths of a layer, in the order that bytes arrive.
+"""One pass of a model over many sequences, with all its experts in memory: what a draft runs.
 
-The same code runs the target (experts from the store) and the draft (experts in memory). Tokens of
-all sequences form one block of rows [T]; each row's result depends on its own sequence alone, so
-it does not matter who else is in the batch or how a prompt is cut.
+``streaming_forward`` does the same with experts that come and go. Tokens of all sequences form one
+block of rows [T]; each row's result depends on its own sequence alone, so it does not matter who
+else is in the batch or how a prompt is cut.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from specmoeoff import kernels
-
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -26,47 +24,6 @@ if TYPE_CHECKING:
 
     AllExperts = Sequence[Sequence[Mapping[str, Weight]]]
     """[num_layers][num_experts] of gate, up and down."""
-
-
-class ExpertSource(Protocol):
-    """Where a pass gets its experts from."""
-
-    def resident(self) -> AllExperts | None:
-        """Return all experts if they are in memory to stay, the same object while they are."""
-
-    def ran(self, counts: NDArray[np.int32]) -> None:
-        """Note a pass over resident experts: tokens routed to each, [num_layers, E]."""
-
-    def begin_step(self, num_tokens: int) -> None:
-        """Say how many tokens the coming pass has; not called where all are resident."""
-
-    def serve(
-        self, layer: int, counts: NDArray[np.int32]
-    ) -> Iterator[Sequence[tuple[int, Mapping[str, Weight]]]]:
-        """Yield the experts with a count, rising, in runs of (expert, gate/up/down)."""
-
-
-class ResidentExperts:
-    """Experts that are all in memory, [num_layers][num_experts]."""
-
-    def __init__(self, experts: AllExperts) -> None:
-        self._experts = experts
-
-    def resident(self) -> AllExperts:
-        """Return them."""
-        return self._experts
-
-    def ran(self, counts: NDArray[np.int32]) -> None:
-        """Nothing to learn."""
-
-    def begin_step(self, num_tokens: int) -> None:
-        """Nothing to prepare."""
-
-    def serve(
-        self, layer: int, counts: NDArray[np.int32]
-    ) -> Iterator[Sequence[tuple[int, Mapping[str, Weight]]]]:
-        """Yield all wanted experts at once."""
-        yield [(int(e), self._experts[layer][int(e)]) for e in np.flatnonzero(counts)]
 
 
 @dataclass(frozen=True)
@@ -82,19 +39,17 @@ class Span:
 
 
 class Forward:
-    """A model, its dense weights, its experts and its KV cache, ready to run passes."""
+    """A model, its weights and its KV cache, ready to run passes."""
 
-    def __init__(
-        self, model: Model, weights: ModelWeights, experts: ExpertSource, kv: KvCache | KvLayers
-    ) -> None:
+    def __init__(self, model: Model, weights: ModelWeights, kv: KvCache | KvLayers) -> None:
         self.model = model
         self.kv = kv
         self._weights = weights
-        self._experts = experts
         layers = range(len(weights.layers))
         pages = [(*kv.layer(layer), *kv.scales(layer)) for layer in layers]
         self._decoder = model.decoder(weights.layers, pages)
         self._resident: AllExperts | None = None
+        self._use(weights.experts or None)
 
     def run(self, spans: Sequence[Span]) -> NDArray[np.float32]:
         """Run one pass; room for the new tokens must have been reserved in the KV cache.
@@ -103,10 +58,6 @@ class Forward:
             Hidden states of the wanted tokens, span after span, [R, hidden].
         """
         lengths = [len(span.token_ids) for span in spans]
-        resident = self._experts.resident()
-        self._use(resident)
-        if resident is None:
-            self._experts.begin_step(sum(lengths))
         positions = np.concatenate(
             [span.kv.length + np.arange(n) for span, n in zip(spans, lengths, strict=True)]
         ).astype(np.int32)
@@ -120,12 +71,7 @@ class Forward:
         x = self.model.embed(self._weights.globals, token_ids)
         rope = self.model.rope_tables(positions)
         layers = self._decoder.begin(x, rope, slots, page_table, q_offsets, kv_lens)
-        if resident is None:
-            for layer in range(self._decoder.num_layers):
-                layers.attend(layer)
-                self._stream_experts(layer, layers, x)
-        else:
-            self._run_resident(layers)
+        self._run_layers(layers, x)
         return x[_output_rows(spans, q_offsets)]
 
     def logits(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -149,30 +95,11 @@ class Forward:
         self._decoder.set_experts(experts)
         self._resident = resident
 
-    def _run_resident(self, layers: DecoderPass) -> None:
-        """Run all layers, their experts where they are."""
-        counts = np.empty((self._decoder.num_layers, self.model.num_ffn_experts), np.int32)
-        for layer, routed in enumerate(counts):
+    def _run_layers(self, layers: DecoderPass, x: NDArray[np.float32]) -> None:
+        """Take the residual stream x [T, hidden] through all layers, in place."""
+        for layer in range(self._decoder.num_layers):
             layers.attend(layer)
             layers.run_experts(layer)
-            np.subtract(layers.offsets[1:], layers.offsets[:-1], out=routed)
-        self._experts.ran(counts)
-
-    def _stream_experts(self, layer: int, routed: DecoderPass, x: NDArray[np.float32]) -> None:
-        """Add the routed experts' outputs to x, in rising order, as they arrive."""
-        offsets = routed.offsets
-        for run in self._experts.serve(layer, np.diff(offsets)):
-            # Those in between have no rows, so each ends where the next of the run begins.
-            bounds = offsets[[*(e for e, _ in run), run[-1][0] + 1]]
-            kernels.expert_ffn_many(
-                routed.h,
-                [(t["gate"], t["up"], t["down"]) for _, t in run],
-                bounds,
-                routed.rows,
-                routed.row_weights,
-                x,
-                activations=self.model.activations,
-            )
 
 
 def _output_rows(spans: Sequence[Span], q_offsets: NDArray[np.int32]) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""The target that reacts to routing: ``Forward`` over an expert store that reads ahead by itself.
+"""The target that reacts to routing: passes over an expert store that reads ahead by itself.
 
 Not a plan: at small batches it reads only what tokens are routed to, which nobody knows before.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from specmoeoff.engine.forward import Forward, Span
+from specmoeoff.engine.streaming_forward import StreamingForward
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from specmoeoff.engine.forward import Span
     from specmoeoff.engine.stats import EngineStats
     from specmoeoff.engine.target import WithDrafts
     from specmoeoff.engine.weights import ModelWeights
@@ -41,7 +42,7 @@ class ReactiveTarget:
     ) -> None:
         self.kv = kv
         self.model = model
-        self._forward = Forward(model, weights, store, kv)
+        self._forward = StreamingForward(model, weights, store, kv)
         self._store = store
         self._elastic = elastic
         self._reader = reader

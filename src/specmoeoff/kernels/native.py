@@ -137,7 +137,12 @@ def expert_ffn(
     *,
     activations: Activations = "float32",
 ) -> None:
-    """Add an expert's output: ``out[rows] += row_weights * down(silu(gate x) * up x)``."""
+    """Add an expert's output: ``out[rows] += row_weights * down(silu(gate x) * up x)``.
+
+    The engine hands over runs of experts, which is cheaper. This is for others who take experts one
+    by one as weights arrive, and the one way to call a dense feed-forward (no rows, no weights)
+    outside a decoder, which the tests do.
+    """
     bfloat16 = _is_bfloat16(activations)
     if isinstance(gate, Int8DotWeight):
         _native.int8_dot_expert_ffn(x, gate, up, down, out, rows, row_weights)

@@ -17,10 +17,11 @@ from specmoeoff.demo import build, build_demo, convert, fetch
 from specmoeoff.demo.calibrate import ffn_inputs
 from specmoeoff.demo.gguf import GgufFile
 from specmoeoff.demo.manifest import is_complete, verify
-from specmoeoff.demo.safetensors_file import ALIGNMENT, map_tensors
+from specmoeoff.demo.safetensors_file import map_tensors
 from specmoeoff.errors import CheckpointError, InvalidInputError, SpecMoEOffError
 from specmoeoff.kernels import to_bfloat16, widen
 from specmoeoff.offload.checkpoint import Checkpoint
+from specmoeoff.offload.direct_read import ALIGNMENT
 from tiny_gguf import FFN, HIDDEN, LAYERS, write_tiny_gguf
 
 if TYPE_CHECKING:

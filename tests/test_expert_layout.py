@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specmoeoff.offload.checkpoint import TensorRef
+from specmoeoff.offload.direct_read import ALIGNMENT
 from specmoeoff.offload.expert_layout import MAX_GAP_BYTES, lay_out
-from specmoeoff.offload.reader import ALIGNMENT
 
 FILES = (Path("a"), Path("b"))
 DTYPES = {"BF16": 2, "F16": 2, "F32": 4}

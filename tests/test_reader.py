@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from specmoeoff.errors import StreamError
 from specmoeoff.offload import reader as reader_module
 from specmoeoff.offload.arena import Arena
-from specmoeoff.offload.reader import ALIGNMENT, Read, Reader, Segment
+from specmoeoff.offload.direct_read import ALIGNMENT
+from specmoeoff.offload.reader import Read, Reader, Segment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -54,7 +54,8 @@ def disk_bandwidth(files: Sequence[Path]) -> float | None:
     Raises:
         StreamError: A file cannot be read.
     """
-    from specmoeoff.offload.reader import ALIGNMENT, Reader, Segment
+    from specmoeoff.offload.direct_read import ALIGNMENT
+    from specmoeoff.offload.reader import Reader, Segment
 
     chunks = []
     for file in files:

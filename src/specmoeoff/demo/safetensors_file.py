@@ -1,6 +1,6 @@
 """Writes and maps bfloat16 safetensors files, one tensor in memory at a time.
 
-Laid out for direct reads: data starts at a multiple of 4096 bytes, and a file's tensors whose
+Laid out for direct reads: data starts at a multiple of ``ALIGNMENT``, and a file's tensors whose
 size is no multiple of that (norms, routers) come last, so that every other one starts at one.
 Beyond that tensors keep the order they are given in.
 """
@@ -8,7 +8,6 @@ Beyond that tensors keep the order they are given in.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,15 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specmoeoff.errors import CheckpointError
+from specmoeoff.offload.direct_read import ALIGNMENT
+from specmoeoff.offload.safetensors_header import header_bytes, header_entry, read_header
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
 U16 = NDArray[np.uint16]
-
-ALIGNMENT = 4096
-"""Bytes; what O_DIRECT asks for on every common file system."""
 
 
 @dataclass(frozen=True)
@@ -70,33 +68,27 @@ def write_tensors(path: Path, plans: Sequence[TensorPlan], values: Iterable[U16]
 
 
 def map_tensors(path: Path) -> dict[str, U16]:
-    """Map a file written by ``write_tensors``: name -> bits, read from disk when touched."""
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(header_bytes))
-    data = np.memmap(path, "<u2", mode="r", offset=8 + header_bytes)
-    tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] != "BF16":
-            raise CheckpointError(f"{path}: tensor {name!r} is {entry['dtype']}, not BF16")
-        begin, end = entry["data_offsets"]
-        tensors[name] = data[begin // 2 : end // 2].reshape(entry["shape"])
-    return tensors
+    """Map a file written by ``write_tensors``: name -> bits, read from disk when touched.
+
+    Raises:
+        CheckpointError: The file is no such file.
+    """
+    header = read_header(path)
+    dtypes = {name: ref.dtype for name, ref in header.tensors.items()} | header.unsupported
+    for name, dtype in dtypes.items():
+        if dtype != "BF16":
+            raise CheckpointError(f"{path}: tensor {name!r} is {dtype}, not BF16")
+    data = np.memmap(path, np.uint8, mode="r")
+    return {
+        name: data[ref.offset : ref.offset + ref.nbytes].view("<u2").reshape(ref.shape)
+        for name, ref in header.tensors.items()
+    }
 
 
 def _header(plans: Sequence[TensorPlan]) -> bytes:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, object] = {}
     offset = 0
     for plan in plans:
-        entries[plan.name] = {
-            "dtype": "BF16",
-            "shape": list(plan.shape),
-            "data_offsets": [offset, offset + plan.nbytes],
-        }
+        entries[plan.name] = header_entry("BF16", plan.shape, offset, plan.nbytes)
         offset += plan.nbytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    # The format allows spaces after the JSON.
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text
+    return header_bytes(entries, {})

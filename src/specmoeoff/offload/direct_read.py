@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 ALIGNMENT = 4096
-"""O_DIRECT wants file offset, length and memory address to be multiples of the disk's block."""
+"""Bytes; O_DIRECT wants file offset, length and memory address to be multiples of the disk's block,
+which is this or less on every common file system."""
 BUFFERED_CHUNK = 4 << 20
 """Bytes that may lie in the page cache at once when it cannot be avoided."""
 

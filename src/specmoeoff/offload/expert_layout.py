@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from specmoeoff.kernels import PackedBfloat16
-from specmoeoff.offload.reader import ALIGNMENT, Segment
+from specmoeoff.offload.direct_read import ALIGNMENT
+from specmoeoff.offload.reader import Segment
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

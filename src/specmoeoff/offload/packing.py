@@ -10,25 +10,23 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from specmoeoff.errors import CheckpointError, InvalidInputError
 from specmoeoff.kernels import can_pack_bfloat16, pack_bfloat16, unpack_bfloat16
 from specmoeoff.offload.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
-from specmoeoff.offload.safetensors_header import PACKED_KEY
+from specmoeoff.offload.safetensors_header import PACKED_KEY, header_bytes, header_entry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
     from specmoeoff.offload.safetensors_header import TensorRef
 
-ALIGNMENT = 4096
-"""Bytes; data begins at a multiple, as direct reads want it."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
@@ -124,21 +122,18 @@ class _Packing:
         # The header comes first, but says how large the packed tensors got. Room for what it would
         # be if none got smaller is room enough.
         begin = _header_room(refs, self._names)
-        entries: dict[str, Any] = {}
-        shapes: dict[str, list[int]] = {}
+        entries: dict[str, object] = {}
+        shapes: dict[str, Sequence[int]] = {}
         at = 0
         with (self._target / file.name).open("wb") as out:
             out.seek(begin)
             for name, ref in refs.items():
                 data = self._data_of(name, ref)
-                is_packed = data.dtype == np.uint8
-                if is_packed:
-                    shapes[name] = list(ref.shape)
-                entries[name] = {
-                    "dtype": "U8" if is_packed else ref.dtype,
-                    "shape": [data.nbytes] if is_packed else list(ref.shape),
-                    "data_offsets": [at, at + data.nbytes],
-                }
+                if data.dtype == np.uint8:
+                    shapes[name] = ref.shape
+                    entries[name] = header_entry("U8", [data.nbytes], at, data.nbytes)
+                else:
+                    entries[name] = header_entry(ref.dtype, ref.shape, at, data.nbytes)
                 out.write(np.ascontiguousarray(data).data.cast("B"))
                 at += data.nbytes
                 self._read += ref.nbytes
@@ -166,23 +161,17 @@ def _header_room(refs: Mapping[str, TensorRef], names: Collection[str]) -> int:
     """Return where the data may begin whatever is packed."""
     most = sum(ref.nbytes for ref in refs.values())
     entries = {
-        name: {
-            "dtype": "BF16",
-            "shape": [most] * max(len(ref.shape), 1),
-            "data_offsets": [most, most],
-        }
+        name: header_entry("BF16", [most] * max(len(ref.shape), 1), most, 0)
         for name, ref in refs.items()
     }
-    shapes = {name: [most, most] for name in refs if name in names}
-    return len(_header(entries, shapes, 0)) // ALIGNMENT * ALIGNMENT + ALIGNMENT
+    return len(_header(entries, {name: (most, most) for name in refs if name in names}))
 
 
-def _header(entries: Mapping[str, Any], shapes: Mapping[str, list[int]], num_bytes: int) -> bytes:
-    """Return a file's first bytes; the format allows spaces after the JSON."""
-    metadata = {"format": "pt", PACKED_KEY: json.dumps(shapes, separators=(",", ":"))}
-    text = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
-    text = text.ljust(num_bytes - 8)
-    return len(text).to_bytes(8, "little") + text
+def _header(
+    entries: Mapping[str, object], shapes: Mapping[str, Sequence[int]], least: int = 0
+) -> bytes:
+    metadata = {PACKED_KEY: json.dumps(shapes, separators=(",", ":"))}
+    return header_bytes(entries, metadata, least)
 
 
 def _copy_others(source: Path, target: Path) -> None:

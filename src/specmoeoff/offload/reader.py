@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-ALIGNMENT = 4096
-"""What O_DIRECT wants of offsets, lengths and addresses on every common file system."""
 PIECE_BYTES = 4 << 20
 NUM_THREADS = 4
 LOOK_S = 0.5

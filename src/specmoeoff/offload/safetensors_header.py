@@ -1,7 +1,7 @@
-"""Reads the header of one safetensors file: what lies where, and whether that can be true.
+"""The header of one safetensors file: what lies where, and whether that can be true.
 
 A file is an 8-byte little-endian length, that many bytes of JSON (name -> dtype, shape, offsets
-relative to the end of the JSON), then the data. Only the first two are read here.
+relative to the end of the JSON), then the data. Only the first two are read and written here.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ import numpy as np
 
 from specmoeoff.errors import CheckpointError
 from specmoeoff.kernels import can_pack_bfloat16, packed_bfloat16_bytes
+from specmoeoff.offload.arena import round_up
+from specmoeoff.offload.direct_read import ALIGNMENT
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 DType = Literal["BF16", "F16", "F32"]
@@ -109,6 +112,28 @@ def read_header(file: Path) -> Header:
         tensors[name] = TensorRef(file, data_begin + begin, expected, cast("DType", dtype), shape)
     _check_overlap(file, spans)
     return Header(tensors, unsupported)
+
+
+def header_entry(dtype: str, shape: Sequence[int], begin: int, num_bytes: int) -> dict[str, object]:
+    """Return what a header says of one tensor; ``begin`` counts from the end of the header."""
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, begin + num_bytes]}
+
+
+def header_bytes(
+    entries: Mapping[str, object], metadata: Mapping[str, str], least: int = 0
+) -> bytes:
+    """Return a file's first bytes: ``least`` or more, a multiple of ``ALIGNMENT``.
+
+    Args:
+        entries: Name -> ``header_entry``, in the order of the data.
+        metadata: What the file says of itself beside ``format``.
+        least: Bytes that have been left for it.
+    """
+    content = {"__metadata__": {"format": "pt", **metadata}, **entries}
+    text = json.dumps(content, separators=(",", ":")).encode()
+    # The format allows spaces after the JSON.
+    text = text.ljust(round_up(max(8 + len(text), least), ALIGNMENT) - 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def _read_json(file: Path, size: int, prefix: bytes, read: Any) -> tuple[int, dict[str, Any]]:

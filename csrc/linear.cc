@@ -18,13 +18,18 @@ constexpr int64_t kPackFloats = 16 << 10;  // packed per piece; less is not wort
 }  // namespace
 
 const LinearKernels& CurrentLinear(Activations activations, WeightForm form) {
+  const bool is_bfloat16 = form != WeightForm::kAny;
   if (activations == Activations::kFloat32) {
-    return Select(&kLinearScalar, SPECMOEOFF_IF_X86(&kLinearAvx2),
+    return Select(&kLinearScalar,
+                  is_bfloat16 ? SPECMOEOFF_IF_X86(&kLinearAvx2Bf16)
+                              : SPECMOEOFF_IF_X86(&kLinearAvx2),
                   SPECMOEOFF_IF_X86(&kLinearAvx512));
   }
-  return Select(&kLinearRoundedScalar, SPECMOEOFF_IF_X86(&kLinearRoundedAvx2),
+  return Select(&kLinearRoundedScalar,
+                is_bfloat16 ? SPECMOEOFF_IF_X86(&kLinearRoundedAvx2Bf16)
+                            : SPECMOEOFF_IF_X86(&kLinearRoundedAvx2),
                 SPECMOEOFF_IF_X86(&kLinearRoundedAvx512), nullptr,
-                form != WeightForm::kAny ? SPECMOEOFF_IF_X86(&kLinearAvx512Bf16) : nullptr,
+                is_bfloat16 ? SPECMOEOFF_IF_X86(&kLinearAvx512Bf16) : nullptr,
                 form == WeightForm::kPlainBfloat16 ? SPECMOEOFF_IF_X86(&kLinearAmx) : nullptr);
 }
 

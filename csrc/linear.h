@@ -7,7 +7,7 @@
 //
 // Activations are packed first: tiles of at most `tile_rows` rows, heights as equal as can be, each
 // tile [k / 16][rows of the tile][16], zeros after k. One pointer walks a tile, whatever the rows'
-// stride.
+// stride. For bfloat16 weights AVX2 has of each 16 those of even k first; the sums are the same.
 //
 // Activations may be rounded to bfloat16 as they are packed. They stay float32 and the order is the
 // one above, except for bfloat16 weights on a CPU that multiplies bfloat16 itself: there packing
@@ -68,6 +68,8 @@ extern const LinearKernels kLinearRoundedScalar;
 extern const LinearKernels kLinearRoundedAvx2;
 extern const LinearKernels kLinearRoundedAvx512;
 // For bfloat16 weights only, packed ones too.
+extern const LinearKernels kLinearAvx2Bf16;
+extern const LinearKernels kLinearRoundedAvx2Bf16;
 extern const LinearKernels kLinearAvx512Bf16;
 // For plain bfloat16 weights only.
 extern const LinearKernels kLinearAmx;

@@ -68,34 +68,41 @@ struct PackedRuns {
 
 #elif SPECMOEOFF_TARGET_ID == SPECMOEOFF_IS_avx2
 
+// A bfloat16 is two bytes, each an exponent's share, looked up, and the rest's.
 struct PackedRuns {
-  __m128i exponents;
+  __m128i high;  // [16] exponents without their last bit
+  __m128i low;   // [16] their last bits, on top of the byte
 
   SPECMOEOFF_INLINE PackedRuns For(const uint8_t* codes) {
-    return {_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))};
+    const __m128i exponents = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+    const __m128i high = _mm_and_si128(_mm_srli_epi16(exponents, 1), _mm_set1_epi8(0x7f));
+    const __m128i low = _mm_and_si128(_mm_slli_epi16(exponents, 7), _mm_set1_epi8(-128));
+    return {high, low};
   }
 
-  inline __attribute__((always_inline)) void Unpack(const uint8_t* run, float* out) const {
+  inline __attribute__((always_inline)) void Unpack(const uint8_t* run, uint16_t* out) const {
     const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(run));
-    const __m128i low = _mm_set1_epi8(15);
-    Join(run + 16, _mm_shuffle_epi8(exponents, _mm_and_si128(codes, low)), out);
-    const __m128i high = _mm_and_si128(_mm_srli_epi16(codes, 4), low);
-    Join(run + 32, _mm_shuffle_epi8(exponents, high), out + 16);
+    const __m128i four = _mm_set1_epi8(15);
+    Join(run + 16, _mm_and_si128(codes, four), out);
+    Join(run + 32, _mm_and_si128(_mm_srli_epi16(codes, 4), four), out + 16);
+  }
+  inline __attribute__((always_inline)) void Unpack(const uint8_t* run, float* out) const {
+    uint16_t bits[32];
+    Unpack(run, bits);
+    Store(out, LoadBf16(bits));
+    Store(out + 16, LoadBf16(bits + 16));
   }
 
  private:
-  SPECMOEOFF_INLINE void Join(const uint8_t* rest, __m128i exponent, float* out) {
+  inline __attribute__((always_inline)) void Join(const uint8_t* rest, __m128i codes,
+                                                  uint16_t* out) const {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rest));
-    Eight(bytes, exponent, out);
-    Eight(_mm_srli_si128(bytes, 8), _mm_srli_si128(exponent, 8), out + 8);
-  }
-  SPECMOEOFF_INLINE void Eight(__m128i rest, __m128i exponent, float* out) {
-    const __m256i wide = _mm256_cvtepu8_epi32(rest);
-    const __m256i sign = _mm256_slli_epi32(_mm256_srli_epi32(wide, 7), 31);
-    const __m256i mantissa = _mm256_slli_epi32(_mm256_and_si256(wide, _mm256_set1_epi32(0x7f)), 16);
-    const __m256i middle = _mm256_slli_epi32(_mm256_cvtepu8_epi32(exponent), 23);
-    const __m256i bits = _mm256_or_si256(_mm256_or_si256(sign, mantissa), middle);
-    _mm256_storeu_ps(out, _mm256_castsi256_ps(bits));
+    const __m128i sign = _mm_set1_epi8(-128);
+    const __m128i upper = _mm_or_si128(_mm_shuffle_epi8(high, codes), _mm_and_si128(bytes, sign));
+    const __m128i lower = _mm_or_si128(_mm_shuffle_epi8(low, codes), _mm_andnot_si128(sign, bytes));
+    auto* const words = reinterpret_cast<__m128i*>(out);
+    _mm_storeu_si128(words, _mm_unpacklo_epi8(lower, upper));
+    _mm_storeu_si128(words + 1, _mm_unpackhi_epi8(lower, upper));
   }
 };
 

@@ -51,8 +51,10 @@ SPECMOEOFF_INLINE Part LoadPartF16(const uint16_t* p) {
 }
 template <int kPart>
 SPECMOEOFF_INLINE Part LoadPartI8(const int8_t* p) {
-  const __m128i v = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8 * kPart));
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(v));
+  // Through the intrinsics, GCC 12 loads first and widens then.
+  __m256i v;
+  asm("vpmovsxbd %1, %0" : "=x"(v) : "m"(*reinterpret_cast<const int8_t(*)[8]>(p + 8 * kPart)));
+  return _mm256_cvtepi32_ps(v);
 }
 // Of 32 nibbles the sixteen low (kHigh false) or high ones.
 template <int kPart, bool kHigh>

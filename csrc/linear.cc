@@ -20,10 +20,10 @@ constexpr int64_t kPackFloats = 16 << 10;  // packed per piece; less is not wort
 const LinearKernels& CurrentLinear(Activations activations, WeightForm form) {
   const bool is_bfloat16 = form != WeightForm::kAny;
   if (activations == Activations::kFloat32) {
-    return Select(&kLinearScalar,
-                  is_bfloat16 ? SPECMOEOFF_IF_X86(&kLinearAvx2Bf16)
-                              : SPECMOEOFF_IF_X86(&kLinearAvx2),
-                  SPECMOEOFF_IF_X86(&kLinearAvx512));
+    return Select(
+        &kLinearScalar,
+        is_bfloat16 ? SPECMOEOFF_IF_X86(&kLinearAvx2Bf16) : SPECMOEOFF_IF_X86(&kLinearAvx2),
+        SPECMOEOFF_IF_X86(&kLinearAvx512));
   }
   return Select(&kLinearRoundedScalar,
                 is_bfloat16 ? SPECMOEOFF_IF_X86(&kLinearRoundedAvx2Bf16)

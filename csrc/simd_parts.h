@@ -1,13 +1,13 @@
 // Sixteen lanes in the parts that a target's registers take one after the other.
 //
-// A tile of products that keeps both halves of sixteen lanes of AVX2 in flight has no registers left
-// for what is loaded, and one whose multiply-adds load for themselves waits for the load ports
-// (measured on Zen 1: two thirds of the speed). So on AVX2 a step has two parts of eight lanes, each
-// with its own loads; elsewhere it has one.
+// A tile of products that keeps both halves of sixteen lanes of AVX2 in flight has no registers
+// left for what is loaded, and one whose multiply-adds load for themselves waits for the load ports
+// (measured on Zen 1: two thirds of the speed). So on AVX2 a step has two parts of eight lanes,
+// each with its own loads; elsewhere it has one.
 //
-// Which lanes a part has is the source's affair: the low and the high eight, or, from bfloat16, those of
-// even and of odd index (ReduceEvenOdd() adds them up in the same order). Loading bfloat16 so takes
-// one instruction a part instead of two.
+// Which lanes a part has is the source's affair: the low and the high eight, or, from bfloat16,
+// those of even and of odd index (ReduceEvenOdd() adds them up in the same order). Loading bfloat16
+// so takes one instruction a part instead of two.
 #pragma once
 
 #include "simd.h"
@@ -53,7 +53,7 @@ template <int kPart>
 SPECMOEOFF_INLINE Part LoadPartI8(const int8_t* p) {
   // Through the intrinsics, GCC 12 loads first and widens then.
   __m256i v;
-  asm("vpmovsxbd %1, %0" : "=x"(v) : "m"(*reinterpret_cast<const int8_t(*)[8]>(p + 8 * kPart)));
+  asm("vpmovsxbd %1, %0" : "=x"(v) : "m"(*reinterpret_cast<const int8_t (*)[8]>(p + 8 * kPart)));
   return _mm256_cvtepi32_ps(v);
 }
 // Of 32 nibbles the sixteen low (kHigh false) or high ones.

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import HealthCheck, settings
 
+from specmoeoff import kernels
 from tiny import write_draft, write_tiny
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 # A busy machine makes single examples slow, so nothing is judged by time.
@@ -23,6 +25,15 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 # A shell starts what it runs in the background with SIGINT ignored, which is inherited: tests of
 # Ctrl-C would wait for nothing.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def kernel_settings() -> Iterator[None]:
+    """Leave the CPU target and the number of threads as they were."""
+    target, threads = kernels.cpu_target(), kernels.num_threads()
+    yield
+    kernels.use_cpu_target(target)
+    kernels.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from hypothesis import strategies as st
 
+from specmoeoff import kernels
 from specmoeoff.kernels import reference
 
 if TYPE_CHECKING:
@@ -61,8 +63,41 @@ class Problem:
     def expected(self) -> Array:
         """Return what the specification says."""
         with np.errstate(invalid="ignore"):
-            options = {**self.options, **self.scales()}
-            return reference.chunked_attention(*self.arguments(), self.scale, **options)
+            arguments, scales = self._filled(0)
+            return reference.chunked_attention(*arguments, self.scale, **self.options, **scales)
+
+    def attend(self, seed: int = 0) -> Array:
+        """Return what the native module says."""
+        arguments, scales = self._filled(seed)
+        return kernels.chunked_attention(*arguments, self.scale, **self.options, **scales)
+
+    def in_parts(self, sizes: Sequence[int]) -> Array:
+        """Return what one sequence's queries give, so many at a time, each seeing what it may."""
+        assert sum(sizes) == self.num_queries[0]
+        outputs, done = [], 0
+        for size in sizes:
+            end = self.lens[0] - self.num_queries[0] + done + size
+            q = self.q[done : done + size]
+            outputs.append(replace(self, q=q, lens=[end], num_queries=[size]).attend())
+            done += size
+        return np.concatenate(outputs)
+
+    def one_by_one(self, page_size: int) -> Array:
+        """Return what its sequences give, each alone and in pages of another size."""
+        outputs, start = [], 0
+        for i, n in enumerate(self.num_queries):
+            alone = replace(
+                self,
+                q=self.q[start : start + n],
+                keys=self.keys[i : i + 1],
+                values=self.values[i : i + 1],
+                lens=self.lens[i : i + 1],
+                num_queries=[n],
+                page_size=page_size,
+            )
+            outputs.append(alone.attend())
+            start += n
+        return np.concatenate(outputs)
 
     def with_options(self, **options: Any) -> Problem:
         """Return the same problem with some options set."""
@@ -131,6 +166,39 @@ def make_problem(
         options=options,
         scale=head_dim**-0.5,
     )
+
+
+@st.composite
+def problems(draw: st.DrawFn, dtypes: Sequence[str]) -> Problem:
+    """Draw problems of up to three sequences with any of the options."""
+    lens, num_queries = [], []
+    for _ in range(draw(st.integers(1, 3))):
+        num_queries.append(draw(st.sampled_from([0, 1, 1, 2, 5, 16, 33])))
+        lens.append(
+            num_queries[-1] + draw(st.sampled_from([0, 1, 15, 31, 48, 63, 64, 65, 100, 150]))
+        )
+    num_kv_heads = draw(st.integers(1, 3))
+    problem = make_problem(
+        lens,
+        num_queries,
+        num_heads=num_kv_heads * draw(st.sampled_from([1, 2, 3, 7])),
+        num_kv_heads=num_kv_heads,
+        head_dim=draw(st.sampled_from([1, 8, 16, 24, 32, 40, 48, 64, 80])),
+        page_size=draw(st.sampled_from([16, 32, 48, 64])),
+        dtype=draw(st.sampled_from(dtypes)),
+        spread=draw(st.sampled_from([1.0, 1.0, 50.0, 1e-38])),
+        seed=draw(st.integers(0, 2**16)),
+    )
+    if draw(st.booleans()) and max(num_queries) <= 16:
+        problem = problem.with_options(tree_mask=random_tree_mask(num_queries, 5))
+    if draw(st.booleans()):
+        problem = problem.with_options(sliding_window=draw(st.sampled_from([1, 7, 64, 90])))
+    if draw(st.booleans()):
+        problem = problem.with_options(softcap=draw(st.sampled_from([0.5, 30.0])))
+    if draw(st.booleans()):
+        sinks = np.linspace(-30, 5, problem.q.shape[1]).astype(np.float32)
+        problem = problem.with_options(sinks=sinks)
+    return problem
 
 
 def random_tree_mask(num_queries: Sequence[int], seed: int) -> Array:

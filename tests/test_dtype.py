@@ -14,15 +14,9 @@ from specmoeoff.engine.memory_plan import plan_memory
 from tiny import write_tiny
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
-
-@pytest.fixture(autouse=True)
-def _restore_target() -> Iterator[None]:
-    target = kernels.cpu_target()
-    yield
-    kernels.use_cpu_target(target)
+pytestmark = pytest.mark.usefixtures("kernel_settings")
 
 
 @pytest.fixture

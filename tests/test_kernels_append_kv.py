@@ -7,25 +7,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
+from kernel_cases import same_bits
 from paged_kv import empty_pages, empty_scales
 from specmoeoff import kernels
 from specmoeoff.kernels import reference
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+
+pytestmark = pytest.mark.usefixtures("kernel_settings")
 
 DTYPES = ["bfloat16", "float16", "float32", "int8"]
-
-
-@pytest.fixture(autouse=True)
-def _restore_settings() -> Iterator[None]:
-    target = kernels.cpu_target()
-    yield
-    kernels.use_cpu_target(target)
-
-
-def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
 SPECIAL = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-40, -1e-45, 3.4e38, 65504.0, 65519.9, 65520.0]

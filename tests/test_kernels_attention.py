@@ -8,49 +8,20 @@ All pages are NaN wherever no token that counts was written.
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paged_kv import Problem, empty_pages, make_problem, random_tree_mask
+from kernel_cases import EPS, on_each_target, same_bits
+from paged_kv import Problem, empty_pages, make_problem, problems
 from specmoeoff import kernels
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+pytestmark = pytest.mark.usefixtures("kernel_settings")
 
-EPS = float(np.finfo(np.float32).eps)
 RANGE = 1024
-
-
-@pytest.fixture(autouse=True)
-def _restore_settings() -> Iterator[None]:
-    target, threads = kernels.cpu_target(), kernels.num_threads()
-    yield
-    kernels.use_cpu_target(target)
-    kernels.set_num_threads(threads)
-
-
-def attend(problem: Problem, seed: int = 0) -> np.ndarray:
-    return kernels.chunked_attention(*problem.arguments(seed), problem.scale, **problem.options)
-
-
-def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.shape == b.shape and a.tobytes() == b.tobytes()
-
-
-def on_each_target(problem: Problem) -> np.ndarray:
-    """Return what every CPU target computes, having checked that they agree bit for bit."""
-    results = []
-    for target in kernels.cpu_targets():
-        kernels.use_cpu_target(target)
-        results.append(attend(problem))
-    for target, result in zip(kernels.cpu_targets(), results, strict=True):
-        assert same_bits(result, results[0]), f"{target} differs from scalar"
-    return results[-1]
 
 
 def largest_score_magnitude(problem: Problem) -> float:
@@ -79,44 +50,12 @@ def bound(problem: Problem) -> float:
 
 
 def check(problem: Problem) -> None:
-    result = on_each_target(problem)
+    result = on_each_target(problem.attend)
     np.testing.assert_allclose(result, problem.expected(), rtol=0, atol=bound(problem))
 
 
-@st.composite
-def problems(draw: st.DrawFn) -> Problem:
-    lens, num_queries = [], []
-    for _ in range(draw(st.integers(1, 3))):
-        num_queries.append(draw(st.sampled_from([0, 1, 1, 2, 5, 16, 33])))
-        lens.append(
-            num_queries[-1] + draw(st.sampled_from([0, 1, 15, 31, 48, 63, 64, 65, 100, 150]))
-        )
-    num_kv_heads = draw(st.integers(1, 3))
-    problem = make_problem(
-        lens,
-        num_queries,
-        num_heads=num_kv_heads * draw(st.sampled_from([1, 2, 3, 7])),
-        num_kv_heads=num_kv_heads,
-        head_dim=draw(st.sampled_from([1, 8, 16, 24, 32, 40, 64, 80])),
-        page_size=draw(st.sampled_from([16, 32, 48, 64])),
-        dtype=draw(st.sampled_from(["bfloat16", "float32"])),
-        spread=draw(st.sampled_from([1.0, 1.0, 50.0, 1e-38])),
-        seed=draw(st.integers(0, 2**16)),
-    )
-    if draw(st.booleans()) and max(num_queries) <= 16:
-        problem = problem.with_options(tree_mask=random_tree_mask(num_queries, 5))
-    if draw(st.booleans()):
-        problem = problem.with_options(sliding_window=draw(st.sampled_from([1, 7, 64, 90])))
-    if draw(st.booleans()):
-        problem = problem.with_options(softcap=draw(st.sampled_from([0.5, 30.0])))
-    if draw(st.booleans()):
-        sinks = np.linspace(-30, 5, problem.q.shape[1]).astype(np.float32)
-        problem = problem.with_options(sinks=sinks)
-    return problem
-
-
 @settings(max_examples=120)
-@given(problems())
+@given(problems(["bfloat16", "float32"]))
 def test_is_the_reference_on_every_target(problem: Problem) -> None:
     check(problem)
 
@@ -149,7 +88,7 @@ def test_extreme_scores_and_values() -> None:
     problem = make_problem([200], [4], spread=1e4)
     problem.keys[0][50] = 1e4
     problem.values[0][60:90] = 1e-40  # denormal in float32, zero or denormal in bfloat16
-    result = on_each_target(problem)
+    result = on_each_target(problem.attend)
     # The largest score of each row stands far above the others, so rounding cannot swap them.
     np.testing.assert_allclose(result, problem.expected(), rtol=2**-7, atol=1e-6)
 
@@ -164,18 +103,6 @@ def test_scores_that_rise_from_block_to_block(step: float) -> None:
     check(problem)
 
 
-def parts(problem: Problem, sizes: list[int]) -> np.ndarray:
-    """Attend a single sequence's queries in pieces, each seeing what it may of the KV."""
-    assert sum(sizes) == problem.num_queries[0]
-    outputs, done = [], 0
-    for size in sizes:
-        end = problem.lens[0] - problem.num_queries[0] + done + size
-        piece = replace(problem, q=problem.q[done : done + size], lens=[end], num_queries=[size])
-        outputs.append(attend(piece))
-        done += size
-    return np.concatenate(outputs)
-
-
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 40, "softcap": 3.0}])
 @pytest.mark.parametrize("length", [200, 263, 1100])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -183,9 +110,9 @@ def test_bits_do_not_depend_on_how_the_queries_are_split(
     length: int, dtype: str, options: dict[str, Any]
 ) -> None:
     problem = make_problem([length], [200], num_heads=6, dtype=dtype, head_dim=40, **options)
-    whole = attend(problem)
+    whole = problem.attend()
     for sizes in ([1] * 200, [5] * 40, [64, 64, 64, 8], [199, 1], [1, 150, 49]):
-        assert same_bits(parts(problem, sizes), whole), sizes[:4]
+        assert same_bits(problem.in_parts(sizes), whole), sizes[:4]
 
 
 @given(
@@ -202,21 +129,9 @@ def test_bits_do_not_depend_on_batch_threads_or_pages(
     num_queries = [(7 * i + seed) % 8 + 1 for i in range(len(lens))]
     together = make_problem(lens, num_queries, head_dim=head_dim, seed=seed, page_size=page_size)
     kernels.set_num_threads(threads)
-    batch = attend(together, seed)
+    batch = together.attend(seed)
     kernels.set_num_threads(1)
-    start = 0
-    for i, n in enumerate(num_queries):
-        alone = replace(
-            together,
-            q=together.q[start : start + n],
-            keys=together.keys[i : i + 1],
-            values=together.values[i : i + 1],
-            lens=lens[i : i + 1],
-            num_queries=[n],
-            page_size=32,
-        )
-        assert same_bits(attend(alone), batch[start : start + n])
-        start += n
+    assert same_bits(together.one_by_one(page_size=32), batch)
 
 
 def test_a_chain_is_a_tree_and_a_branch_is_a_chain() -> None:
@@ -224,32 +139,32 @@ def test_a_chain_is_a_tree_and_a_branch_is_a_chain() -> None:
     chain = problem.with_options(
         tree_mask=np.array([2 ** (i + 1) - 1 for i in range(6)], np.uint64)
     )
-    assert same_bits(attend(chain), attend(problem))
+    assert same_bits(chain.attend(), problem.attend())
 
 
 def test_hidden_tokens_contribute_nothing_whatever_they_hold() -> None:
     # Two branches below one root: 0-1-2 and 0-3-4. The second one is garbage.
     bits = np.array([0b00001, 0b00011, 0b00111, 0b01001, 0b11001], np.uint64)
     problem = make_problem([100], [5], tree_mask=bits)
-    clean = attend(problem)
+    clean = problem.attend()
     for garbage in (np.nan, np.inf, -np.inf):
         dirty = make_problem([100], [5], tree_mask=bits)
         dirty.keys[0][98:] = garbage
         dirty.values[0][98:] = garbage
-        result = on_each_target(dirty)
+        result = on_each_target(dirty.attend)
         assert same_bits(result[:3], clean[:3])
         assert np.isnan(result[3:]).all()
 
 
 def test_a_query_that_sees_nothing() -> None:
     nothing = make_problem([3], [3], tree_mask=np.array([1, 0, 4], np.uint64))
-    assert np.isnan(on_each_target(nothing)[1]).all()
+    assert np.isnan(on_each_target(nothing.attend)[1]).all()
     sinks = np.zeros(4, np.float32)
-    assert (on_each_target(nothing.with_options(sinks=sinks))[1] == 0).all()
+    assert (on_each_target(nothing.with_options(sinks=sinks).attend)[1] == 0).all()
 
 
 def test_no_queries_at_all() -> None:
-    assert attend(make_problem([0, 17], [0, 0])).shape == (0, 4, 24)
+    assert make_problem([0, 17], [0, 0]).attend().shape == (0, 4, 24)
     empty = (np.zeros((0, 4), np.int32), np.zeros(1, np.int32), np.zeros(0, np.int32))
     pages = empty_pages(1, 2, 24, 32, "bfloat16")
     assert (
@@ -262,12 +177,12 @@ def test_out_is_filled_and_returned() -> None:
     out = np.full_like(problem.q, np.nan)
     result = kernels.chunked_attention(*problem.arguments(), problem.scale, out=out)
     assert result is out
-    assert same_bits(out, attend(problem))
+    assert same_bits(out, problem.attend())
 
 
 def test_two_python_threads_at_once() -> None:
     cases = [make_problem([300, 1200], [5, 3], seed=1), make_problem([77], [60], seed=2)]
-    wanted = [attend(case) for case in cases]
+    wanted = [case.attend() for case in cases]
     right: list[bool] = []
 
     def work(i: int) -> None:
@@ -345,4 +260,4 @@ def test_pages_of_an_odd_size_are_refused() -> None:
 def test_a_tree_has_at_most_64_nodes() -> None:
     problem = make_problem([70], [65], tree_mask=np.ones(65, np.uint64))
     with pytest.raises(ValueError, match="tree_mask"):
-        attend(problem)
+        problem.attend()

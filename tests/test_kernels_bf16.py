@@ -15,35 +15,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernel_cases import EPS, make_experts, make_weight, route_rows, same_bits
 from specmoeoff import kernels
 from specmoeoff.kernels import reference
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from specmoeoff.kernels import Weight
 
-EPS = float(np.finfo(np.float32).eps)
+pytestmark = pytest.mark.usefixtures("kernel_settings")
+
 BFLOAT16_EPS = 2.0**-7
 KINDS = ["float32", "float16", "bfloat16", "int8", "int8/8"]
-
-
-@pytest.fixture(autouse=True)
-def _restore_settings() -> Iterator[None]:
-    target, threads = kernels.cpu_target(), kernels.num_threads()
-    yield
-    kernels.use_cpu_target(target)
-    kernels.set_num_threads(threads)
-
-
-def make_weight(rng: np.random.Generator, n: int, k: int, kind: str = "bfloat16") -> Weight:
-    w = rng.standard_normal((n, k)).astype(np.float32)
-    if kind == "bfloat16":
-        return reference.to_bfloat16(w)
-    if kind.startswith("int8"):
-        group = int(kind.partition("/")[2] or k)
-        return reference.quantize_int8(w, group if k % group == 0 else None)
-    return w.astype(kind)
 
 
 def linear(x: np.ndarray, weight: Weight, bias: np.ndarray | None = None) -> np.ndarray:
@@ -52,10 +36,6 @@ def linear(x: np.ndarray, weight: Weight, bias: np.ndarray | None = None) -> np.
 
 def rounded(x: np.ndarray) -> np.ndarray:
     return reference.widen(reference.to_bfloat16(x))
-
-
-def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
 def on_each_target(compute: Callable[[], np.ndarray]) -> dict[str, np.ndarray]:
@@ -245,22 +225,6 @@ def test_denormals_count_for_at_most_themselves() -> None:
 
 
 # --- experts -------------------------------------------------------------------------------------
-
-
-def make_experts(
-    rng: np.random.Generator, count: int, k: int, inner: int, kind: str = "bfloat16"
-) -> list[tuple[Weight, Weight, Weight]]:
-    shapes = ((inner, k), (inner, k), (k, inner))
-    return [tuple(make_weight(rng, *s, kind) for s in shapes) for _ in range(count)]  # type: ignore[misc]
-
-
-def route_rows(
-    rng: np.random.Generator, num_rows: int, counts: list[int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    chosen = [rng.permutation(num_rows)[:c] for c in counts]
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    rows = np.concatenate([*chosen, []]).astype(np.int32)
-    return offsets, rows, rng.random(len(rows)).astype(np.float32)
 
 
 @settings(max_examples=25, deadline=None)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,18 +18,9 @@ from paged_kv import empty_pages, empty_scales
 from specmoeoff import kernels
 from specmoeoff.kernels import Decoder, DecoderShape
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+pytestmark = pytest.mark.usefixtures("kernel_settings")
 
 PAGE_SIZE = 16
-
-
-@pytest.fixture(autouse=True)
-def _restore_settings() -> Iterator[None]:
-    target, threads = kernels.cpu_target(), kernels.num_threads()
-    yield
-    kernels.use_cpu_target(target)
-    kernels.set_num_threads(threads)
 
 
 @dataclass

@@ -13,44 +13,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernel_cases import EPS, expert_ffn_in_turn, on_each_target, route_rows, same_bits
 from specmoeoff import kernels
 from specmoeoff.kernels import Int4Weight, reference
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from specmoeoff.kernels import Activations
 
-EPS = float(np.finfo(np.float32).eps)
+pytestmark = pytest.mark.usefixtures("kernel_settings")
+
 GROUPS = [32, 64, 128]
-
-
-@pytest.fixture(autouse=True)
-def _restore_settings() -> Iterator[None]:
-    target, threads = kernels.cpu_target(), kernels.num_threads()
-    yield
-    kernels.use_cpu_target(target)
-    kernels.set_num_threads(threads)
 
 
 def make_weight(rng: np.random.Generator, n: int, k: int, group: int) -> Int4Weight:
     """Return a weight of all sixteen integers, -8 too, which quantising never gives."""
     values = rng.integers(0, 256, (n, k // 2), np.uint8)
     return Int4Weight(values, rng.standard_normal((n, k // group)).astype(np.float32))
-
-
-def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.shape == b.shape and a.tobytes() == b.tobytes()
-
-
-def on_each_target(compute: Callable[[], np.ndarray]) -> np.ndarray:
-    """Return what every CPU target computes, having checked that they agree bit for bit."""
-    results = []
-    for target in kernels.cpu_targets():
-        kernels.use_cpu_target(target)
-        results.append(compute())
-        assert same_bits(results[-1], results[0]), f"{target} differs from scalar"
-    return results[-1]
 
 
 @settings(max_examples=40, deadline=None)
@@ -121,23 +101,16 @@ def test_experts_are_those_of_the_widened_matrices(
     experts = [tuple(make_weight(rng, *s, 32) for s in shapes) for _ in shares]
     wide = [tuple(map(reference.widen, expert)) for expert in experts]
     x = (rng.standard_normal((num_rows, k)) / k).astype(np.float32)
-    chosen = [rng.permutation(num_rows)[: round(share * num_rows)] for share in shares]
-    offsets = np.cumsum([0, *map(len, chosen)]).astype(np.int32)
-    rows = np.concatenate(chosen).astype(np.int32)
-    row_weights = rng.random(len(rows)).astype(np.float32)
+    routing = route_rows(rng, num_rows, [round(share * num_rows) for share in shares])
 
     def run(ffn: Callable[..., None], which: list[Any]) -> np.ndarray:
         out = np.ones((num_rows, k), np.float32)
-        ffn(x, which, offsets, rows, row_weights, out)
+        ffn(x, which, *routing, out)
         return out
 
     got = on_each_target(lambda: run(kernels.expert_ffn_many, experts))
     assert same_bits(got, run(kernels.expert_ffn_many, wide))
-    in_turn = np.ones((num_rows, k), np.float32)
-    for i, expert in enumerate(experts):
-        part = slice(offsets[i], offsets[i + 1])
-        kernels.expert_ffn(x, *expert, in_turn, rows[part], row_weights[part])
-    assert same_bits(got, in_turn)
+    assert same_bits(got, run(expert_ffn_in_turn, experts))
     want = run(reference.expert_ffn_many, experts)
     tolerance = 8 * EPS * (k + inner + 32) * len(shares) * max(1.0, float(np.abs(want).max()))
     np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)

@@ -12,41 +12,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernel_cases import EPS, expert_ffn_in_turn, on_each_target, route_rows, same_bits
 from specmoeoff import kernels
 from specmoeoff.kernels import Int8DotWeight, reference
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
+
+pytestmark = pytest.mark.usefixtures("kernel_settings")
 
 Expert = tuple[Int8DotWeight, Int8DotWeight, Int8DotWeight]
-EPS = float(np.finfo(np.float32).eps)
-
-
-@pytest.fixture(autouse=True)
-def _restore_settings() -> Iterator[None]:
-    target, threads = kernels.cpu_target(), kernels.num_threads()
-    yield
-    kernels.use_cpu_target(target)
-    kernels.set_num_threads(threads)
 
 
 def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return rng.standard_normal(shape).astype(np.float32)
-
-
-def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
-
-
-def on_each_target(compute: Callable[[], np.ndarray]) -> np.ndarray:
-    """Return what every CPU target computes, having checked that they agree bit for bit."""
-    results = []
-    for target in kernels.cpu_targets():
-        kernels.use_cpu_target(target)
-        results.append(compute())
-    for target, result in zip(kernels.cpu_targets(), results, strict=True):
-        assert same_bits(result, results[0]), f"{target} differs from scalar"
-    return results[-1]
 
 
 @settings(max_examples=60, deadline=None)
@@ -193,13 +172,11 @@ def test_experts_are_the_reference_on_every_target(
     counts = [round(share * num_rows) for share in shares]
     experts = [make_expert(rng, k, inner) for _ in counts]
     x = normal(rng, num_rows, k)
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    rows = np.concatenate([*(rng.permutation(num_rows)[:c] for c in counts), []]).astype(np.int32)
-    row_weights = rng.random(len(rows)).astype(np.float32)
+    routing = route_rows(rng, num_rows, counts)
 
     def run(ffn: Callable[..., None]) -> np.ndarray:
         out = np.ones((num_rows, k), np.float32)
-        ffn(x, experts, offsets, rows, row_weights, out)
+        ffn(x, experts, *routing, out)
         return out
 
     got = on_each_target(lambda: run(kernels.expert_ffn_many))
@@ -213,17 +190,12 @@ def test_many_experts_equal_one_after_the_other(num_rows: int, k: int, inner: in
     counts = [num_rows, 0, 1, num_rows // 2, num_rows]
     experts = [make_expert(rng, k, inner) for _ in counts]
     x = normal(rng, num_rows, k)
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    rows = np.concatenate([rng.permutation(num_rows)[:c] for c in counts]).astype(np.int32)
-    row_weights = rng.random(len(rows)).astype(np.float32)
-    together = np.zeros_like(x)
+    routing = route_rows(rng, num_rows, counts)
+    together, in_turn = np.zeros_like(x), np.zeros_like(x)
     kernels.set_num_threads(3)
-    kernels.expert_ffn_many(x, experts, offsets, rows, row_weights, together)
+    kernels.expert_ffn_many(x, experts, *routing, together)
     kernels.set_num_threads(1)
-    in_turn = np.zeros_like(x)
-    for i, expert in enumerate(experts):
-        part = slice(offsets[i], offsets[i + 1])
-        kernels.expert_ffn(x, *expert, in_turn, rows[part], row_weights[part])
+    expert_ffn_in_turn(x, experts, *routing, in_turn)
     assert same_bits(together, in_turn)
 
 

@@ -9,50 +9,21 @@ no token that counts was written (int8: 127 with a scale of NaN).
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paged_kv import Problem, make_problem, random_tree_mask
+from kernel_cases import EPS, on_each_target, same_bits
+from paged_kv import Problem, make_problem, problems
 from specmoeoff import kernels
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+pytestmark = pytest.mark.usefixtures("kernel_settings")
 
-EPS = float(np.finfo(np.float32).eps)
 RANGE = 1024
 DTYPES = ["float16", "int8"]
-
-
-@pytest.fixture(autouse=True)
-def _restore_settings() -> Iterator[None]:
-    target, threads = kernels.cpu_target(), kernels.num_threads()
-    yield
-    kernels.use_cpu_target(target)
-    kernels.set_num_threads(threads)
-
-
-def attend(problem: Problem, seed: int = 0) -> np.ndarray:
-    options = {**problem.options, **problem.scales(seed)}
-    return kernels.chunked_attention(*problem.arguments(seed), problem.scale, **options)
-
-
-def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.shape == b.shape and a.tobytes() == b.tobytes()
-
-
-def on_each_target(problem: Problem) -> np.ndarray:
-    """Return what every CPU target computes, having checked that they agree bit for bit."""
-    results = []
-    for target in kernels.cpu_targets():
-        kernels.use_cpu_target(target)
-        results.append(attend(problem))
-    for target, result in zip(kernels.cpu_targets(), results, strict=True):
-        assert same_bits(result, results[0]), f"{target} differs from scalar"
-    return results[-1]
 
 
 def bound(problem: Problem) -> float:
@@ -70,42 +41,12 @@ def bound(problem: Problem) -> float:
 
 
 def check(problem: Problem) -> None:
-    result = on_each_target(problem)
+    result = on_each_target(problem.attend)
     np.testing.assert_allclose(result, problem.expected(), rtol=0, atol=bound(problem))
 
 
-@st.composite
-def problems(draw: st.DrawFn) -> Problem:
-    lens, num_queries = [], []
-    for _ in range(draw(st.integers(1, 3))):
-        num_queries.append(draw(st.sampled_from([0, 1, 1, 2, 5, 16, 33])))
-        lens.append(num_queries[-1] + draw(st.sampled_from([0, 1, 31, 48, 63, 64, 65, 150])))
-    num_kv_heads = draw(st.integers(1, 3))
-    problem = make_problem(
-        lens,
-        num_queries,
-        num_heads=num_kv_heads * draw(st.sampled_from([1, 2, 3, 7])),
-        num_kv_heads=num_kv_heads,
-        head_dim=draw(st.sampled_from([1, 8, 16, 24, 48, 64, 80])),
-        page_size=draw(st.sampled_from([16, 32, 48, 64])),
-        dtype=draw(st.sampled_from(DTYPES)),
-        spread=draw(st.sampled_from([1.0, 1.0, 50.0, 1e-38])),
-        seed=draw(st.integers(0, 2**16)),
-    )
-    if draw(st.booleans()) and max(num_queries) <= 16:
-        problem = problem.with_options(tree_mask=random_tree_mask(num_queries, 5))
-    if draw(st.booleans()):
-        problem = problem.with_options(sliding_window=draw(st.sampled_from([1, 7, 64, 90])))
-    if draw(st.booleans()):
-        problem = problem.with_options(softcap=draw(st.sampled_from([0.5, 30.0])))
-    if draw(st.booleans()):
-        sinks = np.linspace(-30, 5, problem.q.shape[1]).astype(np.float32)
-        problem = problem.with_options(sinks=sinks)
-    return problem
-
-
 @settings(max_examples=80)
-@given(problems())
+@given(problems(DTYPES))
 def test_is_the_reference_on_every_target(problem: Problem) -> None:
     check(problem)
 
@@ -131,15 +72,9 @@ def test_bits_do_not_depend_on_how_the_queries_are_split(
     length: int, dtype: str, options: dict[str, Any]
 ) -> None:
     problem = make_problem([length], [200], num_heads=6, dtype=dtype, head_dim=48, **options)
-    whole = attend(problem)
+    whole = problem.attend()
     for sizes in ([1] * 200, [5] * 40, [64, 64, 64, 8], [1, 150, 49]):
-        outputs, done = [], 0
-        for size in sizes:
-            end = length - 200 + done + size
-            q = problem.q[done : done + size]
-            outputs.append(attend(replace(problem, q=q, lens=[end], num_queries=[size])))
-            done += size
-        assert same_bits(np.concatenate(outputs), whole), sizes[:4]
+        assert same_bits(problem.in_parts(sizes), whole), sizes[:4]
 
 
 @given(
@@ -159,21 +94,9 @@ def test_bits_do_not_depend_on_batch_threads_or_pages(
         lens, num_queries, head_dim=head_dim, seed=seed, page_size=page_size, dtype=dtype
     )
     kernels.set_num_threads(threads)
-    batch = attend(together, seed)
+    batch = together.attend(seed)
     kernels.set_num_threads(1)
-    start = 0
-    for i, n in enumerate(num_queries):
-        alone = replace(
-            together,
-            q=together.q[start : start + n],
-            keys=together.keys[i : i + 1],
-            values=together.values[i : i + 1],
-            lens=lens[i : i + 1],
-            num_queries=[n],
-            page_size=32,
-        )
-        assert same_bits(attend(alone), batch[start : start + n])
-        start += n
+    assert same_bits(together.one_by_one(page_size=32), batch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -181,20 +104,20 @@ def test_hidden_tokens_contribute_nothing_whatever_they_hold(dtype: str) -> None
     # Two branches below one root: 0-1-2 and 0-3-4. The second one is garbage.
     bits = np.array([0b00001, 0b00011, 0b00111, 0b01001, 0b11001], np.uint64)
     problem = make_problem([100], [5], tree_mask=bits, dtype=dtype)
-    clean = attend(problem)
+    clean = problem.attend()
     for garbage in (np.nan, np.inf, -np.inf):
         dirty = make_problem([100], [5], tree_mask=bits, dtype=dtype)
         dirty.keys[0][98:] = garbage
         dirty.values[0][98:] = garbage
         with np.errstate(invalid="ignore"):
-            result = on_each_target(dirty)
+            result = on_each_target(dirty.attend)
         assert same_bits(result[:3], clean[:3])
         assert np.isnan(result[3:]).all()
 
 
 def test_int8_is_as_near_as_eight_bits_allow() -> None:
     exact = make_problem([300], [4], head_dim=64, dtype="float32")
-    off = np.abs(attend(replace(exact, dtype="int8")) - attend(exact)).max()
+    off = np.abs(replace(exact, dtype="int8").attend() - exact.attend()).max()
     step = max(float(np.abs(v).max()) for v in exact.values) / 127
     assert 0 < off < step
 

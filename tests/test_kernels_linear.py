@@ -13,51 +13,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernel_cases import (
+    EPS,
+    expert_ffn_in_turn,
+    make_experts,
+    make_weight,
+    on_each_target,
+    route_rows,
+    same_bits,
+)
 from specmoeoff import kernels
 from specmoeoff.kernels import Int8Weight, reference
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from specmoeoff.kernels import Weight
 
-EPS = float(np.finfo(np.float32).eps)
+pytestmark = pytest.mark.usefixtures("kernel_settings")
+
 KINDS = ["float32", "float16", "bfloat16", "int8", "int8/8", "int8/32"]
-
-
-@pytest.fixture(autouse=True)
-def _restore_settings() -> Iterator[None]:
-    target, threads = kernels.cpu_target(), kernels.num_threads()
-    yield
-    kernels.use_cpu_target(target)
-    kernels.set_num_threads(threads)
-
-
-def make_weight(rng: np.random.Generator, n: int, k: int, kind: str) -> Weight:
-    w = rng.standard_normal((n, k)).astype(np.float32)
-    if kind == "float32":
-        return w
-    if kind == "float16":
-        return w.astype(np.float16)
-    if kind == "bfloat16":
-        return reference.to_bfloat16(w)
-    group = int(kind.partition("/")[2] or k)
-    return reference.quantize_int8(w, group if k % group == 0 else None)
-
-
-def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.shape == b.shape and a.tobytes() == b.tobytes()
-
-
-def on_each_target(compute: Callable[[], np.ndarray]) -> np.ndarray:
-    """Return what every CPU target computes, having checked that they agree bit for bit."""
-    results = []
-    for target in kernels.cpu_targets():
-        kernels.use_cpu_target(target)
-        results.append(compute())
-    for target, result in zip(kernels.cpu_targets(), results, strict=True):
-        assert same_bits(result, results[0]), f"{target} differs from scalar"
-    return results[-1]
 
 
 def linear_bound(x: np.ndarray, weight: Weight) -> np.ndarray:
@@ -163,22 +138,6 @@ def test_float16_widens_exactly_whatever_the_bits() -> None:
 # --- experts -------------------------------------------------------------------------------------
 
 
-def make_experts(
-    rng: np.random.Generator, count: int, k: int, inner: int, kind: str
-) -> list[tuple[Weight, Weight, Weight]]:
-    shapes = ((inner, k), (inner, k), (k, inner))
-    return [tuple(make_weight(rng, *s, kind) for s in shapes) for _ in range(count)]  # type: ignore[misc]
-
-
-def route_rows(
-    rng: np.random.Generator, num_rows: int, counts: list[int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    chosen = [rng.permutation(num_rows)[:c] for c in counts]
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-    rows = np.concatenate([*chosen, []]).astype(np.int32)
-    return offsets, rows, rng.random(len(rows)).astype(np.float32)
-
-
 @settings(max_examples=25, deadline=None)
 @given(
     num_rows=st.integers(1, 30),
@@ -215,15 +174,12 @@ def test_many_experts_equal_one_after_the_other(num_rows: int, k: int, inner: in
     counts = [num_rows, 0, 1, num_rows // 2, num_rows]
     experts = make_experts(rng, len(counts), k, inner, "bfloat16")
     x = rng.standard_normal((num_rows, k)).astype(np.float32)
-    offsets, rows, row_weights = route_rows(rng, num_rows, counts)
-    together = np.zeros_like(x)
+    routing = route_rows(rng, num_rows, counts)
+    together, in_turn = np.zeros_like(x), np.zeros_like(x)
     kernels.set_num_threads(3)
-    kernels.expert_ffn_many(x, experts, offsets, rows, row_weights, together)
+    kernels.expert_ffn_many(x, experts, *routing, together)
     kernels.set_num_threads(1)
-    in_turn = np.zeros_like(x)
-    for i, expert in enumerate(experts):
-        part = slice(offsets[i], offsets[i + 1])
-        kernels.expert_ffn(x, *expert, in_turn, rows[part], row_weights[part])
+    expert_ffn_in_turn(x, experts, *routing, in_turn)
     assert same_bits(together, in_turn)
 
 

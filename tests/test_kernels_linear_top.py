@@ -13,19 +13,11 @@ from specmoeoff import kernels
 from specmoeoff.kernels import reference
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from specmoeoff.kernels import Weight
 
+pytestmark = pytest.mark.usefixtures("kernel_settings")
+
 KINDS = ["float32", "bfloat16", "int8", "int8 dot"]
-
-
-@pytest.fixture(autouse=True)
-def _restore_settings() -> Iterator[None]:
-    target, threads = kernels.cpu_target(), kernels.num_threads()
-    yield
-    kernels.use_cpu_target(target)
-    kernels.set_num_threads(threads)
 
 
 def make_weight(values: np.ndarray, kind: str) -> Weight:

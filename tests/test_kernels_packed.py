@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernel_cases import same_bits
 from specmoeoff import kernels
 from specmoeoff.kernels import PackedBfloat16, reference
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-
-@pytest.fixture(autouse=True)
-def _restore_settings() -> Iterator[None]:
-    target, threads = kernels.cpu_target(), kernels.num_threads()
-    yield
-    kernels.use_cpu_target(target)
-    kernels.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("kernel_settings")
 
 
 def trained(rng: np.random.Generator, n: int, k: int, patches: float = 0.01) -> np.ndarray:
@@ -31,10 +23,6 @@ def trained(rng: np.random.Generator, n: int, k: int, patches: float = 0.01) -> 
     values[small] *= np.float32(2.0) ** rng.integers(-60, -20, int(small.sum()))
     values[rng.random((n, k)) < patches / 2] = 0
     return kernels.to_bfloat16(values)
-
-
-def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
 @settings(max_examples=60, deadline=None)

@@ -6,23 +6,13 @@ import os
 import subprocess
 import sys
 import threading
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from specmoeoff import kernels
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-
-@pytest.fixture(autouse=True)
-def _restore_settings() -> Iterator[None]:
-    target, threads = kernels.cpu_target(), kernels.num_threads()
-    yield
-    kernels.use_cpu_target(target)
-    kernels.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("kernel_settings")
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

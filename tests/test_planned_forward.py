@@ -26,6 +26,7 @@ from budgets import (
     smallest_budget,
     trade_nothing,
 )
+from faults import READS, Hang, told_when_closed
 from specmoeoff.config import EngineConfig
 from specmoeoff.devices.host import HostDevice
 from specmoeoff.engine import planned_memory
@@ -359,7 +360,6 @@ class Disk:
     """What a disk does from its n-th read on."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, does: str) -> None:
-        self.started, self.gate = threading.Event(), threading.Event()
         self.left = 5
         real = os.preadv
 
@@ -371,9 +371,6 @@ class Disk:
                 time.sleep(0.5)
             if self.left <= 0 and does == "is short":
                 into = [into[0][:4096]]
-            if self.left <= 0 and does == "hangs":
-                self.started.set()
-                assert self.gate.wait(60)
             return real(descriptor, into, offset)
 
         monkeypatch.setattr(reader_module.os, "preadv", preadv)
@@ -435,24 +432,14 @@ def test_closing_while_a_read_hangs(
         config = replace(config, memory=less_than_all_experts(config, wanted))
     planned = open_planned(config, wanted)
     assert "disk" in planned.forward.machine.placement.weights
-    disk = Disk(monkeypatch, "hangs")
-    told: list[str] = []
-
-    def run() -> None:
-        with pytest.raises((StreamError, OpError)) as error:
-            Conversation(planned.forward).steps(50)
-        told.append(str(error.value))
-
-    runner = threading.Thread(target=run)
-    runner.start()
-    assert disk.started.wait(30)
-    planned.close()
-    runner.join(30)
-    assert len(told) == 1
-    assert "closed" in told[0]
-    assert ("step" in told[0]) == (where == "in an op")
+    hang = Hang(monkeypatch, *READS, 5)
+    told = told_when_closed(
+        lambda: Conversation(planned.forward).steps(50), hang, planned.close, (StreamError, OpError)
+    )
+    assert "closed" in told
+    assert ("step" in told) == (where == "in an op")
     assert not [t.name for t in threading.enumerate() if t.name.startswith("lane")]
-    disk.gate.set()
+    hang.gate.set()
 
 
 def test_a_file_that_was_cut_short_is_named(

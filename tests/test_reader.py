@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from faults import READS, Hang, told_when_closed
 from specmoeoff.errors import StreamError
 from specmoeoff.offload import reader as reader_module
 from specmoeoff.offload.arena import Arena
@@ -277,25 +278,10 @@ def test_no_descriptor_is_left_open(file: Path, content: bytes) -> None:
 # A read that hangs --------------------------------------------------------------------------------
 
 
-class Hang:
-    """Holds every read of a file until it is released."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.started, self.gate = threading.Event(), threading.Event()
-        real = os.preadv
-
-        def preadv(descriptor: int, into: list[memoryview], offset: int) -> int:
-            self.started.set()
-            assert self.gate.wait(60)
-            return real(descriptor, into, offset)
-
-        monkeypatch.setattr(reader_module.os, "preadv", preadv)
-
-
 def test_closing_leaves_a_read_that_hangs(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its waiter is told; when the disk answers at last, memory and files are still there."""
     before = len(list(Path("/proc/self/fd").iterdir()))
-    hang = Hang(monkeypatch)
+    hang = Hang(monkeypatch, *READS)
     reader = Reader(num_threads=2, piece_bytes=ALIGNMENT)
     whole = segment(file, 0, 38)
     arena = Arena(whole.num_bytes)
@@ -325,24 +311,13 @@ def test_closing_leaves_a_read_that_hangs(file: Path, monkeypatch: pytest.Monkey
 def test_who_waits_is_told_when_another_thread_closes(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hang = Hang(monkeypatch)
+    hang = Hang(monkeypatch, *READS)
     reader = Reader(num_threads=1, piece_bytes=ALIGNMENT)
     one = segment(file, 0, 1)
     (buffer,) = buffers([one])
     read = reader.submit("expert 1", [one], [buffer])
-    told: list[str] = []
-
-    def wait() -> None:
-        with pytest.raises(StreamError) as error:
-            read.wait()
-        told.append(str(error.value))
-
-    waiter = threading.Thread(target=wait)
-    waiter.start()
-    assert hang.started.wait(30)
-    reader.close()
-    waiter.join(30)
-    assert told == ["expert 1: the reader was closed"]
+    told = told_when_closed(read.wait, hang, reader.close, StreamError)
+    assert told == "expert 1: the reader was closed"
     hang.gate.set()
 
 

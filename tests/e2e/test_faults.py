@@ -11,23 +11,26 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from budgets import forget_this_process, smallest_budget
+from faults import READS, Hang, fail_every, read_in_small_parts, told_when_closed
 from specmoeoff import LLM, SamplingParams, SpeculativeConfig, kernels
 from specmoeoff.errors import CheckpointError, InvalidInputError, StreamError
-from specmoeoff.offload import reader as reader_module
 from specmoeoff.offload.arena import Arena
 from specmoeoff.offload.checkpoint import Checkpoint
 from specmoeoff.offload.kv_cache import KvCache, KvSequence
+from specmoeoff.offload.reader import Read
 from tiny import write_draft, write_tiny
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
+    from specmoeoff.engine.engine import Engine
+    from specmoeoff.engine.sequence import Request
     from specmoeoff.outputs import RequestOutput
 
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
@@ -77,6 +80,13 @@ def expected(original: Path) -> list[list[int]]:
 
 def tokens(outputs: list[RequestOutput]) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in outputs]
+
+
+def add_requests(engine: Engine) -> list[Request]:
+    return [
+        engine.add_request(str(i), prompt["prompt_token_ids"], GREEDY)
+        for i, prompt in enumerate(PROMPTS)
+    ]
 
 
 def shards(checkpoint: Path) -> list[Path]:
@@ -137,25 +147,13 @@ def test_a_shard_removed_before_it_was_opened(
     assert tokens(llm.generate(PROMPTS, GREEDY)) == expected
 
 
-def failing_every(number: int, error: BaseException, real: Callable[..., object]) -> object:
-    calls = []
-
-    def call(*args: object, **options: object) -> object:
-        calls.append(1)
-        if len(calls) % number == 0:
-            raise error
-        return real(*args, **options)
-
-    return call
-
-
 @pytest.mark.parametrize("every", [1, 7, 40])
 def test_read_errors(
     llm: LLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch, every: int
 ) -> None:
     error = OSError(5, "Input/output error")
     with monkeypatch.context() as patch:
-        patch.setattr(reader_module.os, "preadv", failing_every(every, error, os.preadv))
+        fail_every(patch, *READS, every, error)
         # A read ahead that failed is asked for again, so one error in many may heal unseen.
         with pytest.raises(StreamError, match=r"safetensors: reading expert .* Input/output"):
             all(llm.generate(PROMPTS, GREEDY) for _ in range(50))
@@ -166,32 +164,14 @@ def test_reads_that_come_in_small_parts(
     llm: LLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel may return fewer bytes than were asked for; the rest is asked for again."""
-    real = os.preadv
-    monkeypatch.setattr(
-        reader_module.os, "preadv", lambda fd, into, at: real(fd, [into[0][:4096]], at)
-    )
+    read_in_small_parts(monkeypatch)
     assert tokens(llm.generate(PROMPTS, GREEDY)) == expected
-
-
-class Hang:
-    """Holds every read of an expert until it is released."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.started, self.gate = threading.Event(), threading.Event()
-        real = os.preadv
-
-        def preadv(*where: Any) -> int:
-            self.started.set()
-            assert self.gate.wait(60)
-            return real(*where)
-
-        monkeypatch.setattr(reader_module.os, "preadv", preadv)
 
 
 def test_a_read_that_takes_long_is_waited_for(
     llm: LLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hang = Hang(monkeypatch)
+    hang = Hang(monkeypatch, *READS)
     threading.Timer(0.5, hang.gate.set).start()
     assert tokens(llm.generate(PROMPTS, GREEDY)) == expected
     assert hang.started.is_set()
@@ -199,21 +179,10 @@ def test_a_read_that_takes_long_is_waited_for(
 
 def test_closing_while_a_read_hangs(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """It returns while the disk is still silent, and so does the run, with the reason."""
-    hang = Hang(monkeypatch)
-    told: list[str] = []
-
-    def run() -> None:
-        with pytest.raises(StreamError) as error:
-            llm.generate(PROMPTS, GREEDY)
-        told.append(one_sentence(error.value))
-
-    runner = threading.Thread(target=run)
-    runner.start()
-    assert hang.started.wait(30)
-    llm.close()
-    runner.join(30)
-    assert len(told) == 1
-    assert "the reader was closed" in told[0]
+    hang = Hang(monkeypatch, *READS)
+    told = told_when_closed(lambda: llm.generate(PROMPTS, GREEDY), hang, llm.close, StreamError)
+    assert "the reader was closed" in told
+    assert "\n" not in told
     with pytest.raises(InvalidInputError, match="was closed"):
         llm.generate(PROMPTS, GREEDY)
     hang.gate.set()
@@ -224,13 +193,13 @@ def test_an_interrupt_while_a_read_hangs(
 ) -> None:
     """The call returns at once, and the next one goes on when the disk answers again."""
     with monkeypatch.context() as patch:
-        hang = Hang(patch)
+        hang = Hang(patch, *READS)
 
-        def interrupted(read: reader_module.Read) -> None:
+        def interrupted(read: Read) -> None:
             assert hang.started.wait(30)
             raise KeyboardInterrupt
 
-        patch.setattr(reader_module.Read, "wait", interrupted)
+        patch.setattr(Read, "wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
             llm.generate(PROMPTS, GREEDY)
     hang.gate.set()
@@ -312,13 +281,9 @@ def test_a_bug_while_tokens_are_committed(
     llm: LLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
     engine = llm._engine
-    requests = [
-        engine.add_request(str(i), prompt["prompt_token_ids"], GREEDY)
-        for i, prompt in enumerate(PROMPTS)
-    ]
+    requests = add_requests(engine)
     with monkeypatch.context() as patch:
-        truncate = failing_every(call, RuntimeError("a bug"), KvCache.truncate)
-        patch.setattr(KvCache, "truncate", truncate)
+        fail_every(patch, KvCache, "truncate", call, RuntimeError("a bug"))
         with pytest.raises(RuntimeError, match="a bug"):
             all(engine.step() for _ in range(1000))
     while engine.has_work:
@@ -331,10 +296,7 @@ def test_a_bug_just_when_a_sequence_has_ended(
 ) -> None:
     """It has all of its tokens, so it must leave rather than go on past its end."""
     engine = llm._engine
-    requests = [
-        engine.add_request(str(i), prompt["prompt_token_ids"], GREEDY)
-        for i, prompt in enumerate(PROMPTS)
-    ]
+    requests = add_requests(engine)
     ends = {
         len(prompt["prompt_token_ids"]) + len(ids) - 1
         for prompt, ids in zip(PROMPTS, expected, strict=True)
@@ -371,7 +333,7 @@ def test_an_exception_in_the_middle_of_a_step(
     call: int,
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(owner, name, failing_every(call, error, getattr(owner, name)))
+        fail_every(patch, owner, name, call, error)
         with pytest.raises(type(error)):
             llm.generate(PROMPTS, GREEDY)
     assert not llm._engine.has_work
@@ -382,12 +344,9 @@ def test_an_exception_in_the_middle_of_a_step(
 def test_an_interrupt_while_waiting_for_the_disk(
     llm: LLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = reader_module.Read.wait
     for call in (1, 2, 5, 13):
         with monkeypatch.context() as patch:
-            patch.setattr(
-                reader_module.Read, "wait", failing_every(call, KeyboardInterrupt(), real)
-            )
+            fail_every(patch, Read, "wait", call, KeyboardInterrupt())
             with pytest.raises(KeyboardInterrupt):
                 llm.generate(PROMPTS, GREEDY)
     assert tokens(llm.generate(PROMPTS, GREEDY)) == expected
@@ -416,17 +375,13 @@ def test_the_engine_goes_on_after_a_failed_step(
 ) -> None:
     """Below LLM a failed step loses no request: the next step reads its tokens again."""
     engine = llm._engine
-    requests = [
-        engine.add_request(str(i), prompt["prompt_token_ids"], GREEDY)
-        for i, prompt in enumerate(PROMPTS)
-    ]
+    requests = add_requests(engine)
     for number in range(1000):
         if not engine.has_work:
             break
         if number in (1, 2, 6):
             with monkeypatch.context() as patch:
-                error = OSError(5, "Input/output error")
-                patch.setattr(reader_module.os, "preadv", failing_every(1, error, os.preadv))
+                fail_every(patch, *READS, 1, OSError(5, "Input/output error"))
                 with pytest.raises(StreamError):
                     engine.step()
         engine.step()

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from budgets import few_slots, trade_nothing
+from faults import READS, Hang, fail_once, read_in_small_parts, told_when_closed
 from specmoeoff import LLM, SamplingParams, SpeculativeConfig, kernels
 from specmoeoff.devices.host import HostDevice
 from specmoeoff.engine import planned_build, planned_memory
 from specmoeoff.errors import InvalidInputError, OpError, StreamError
 from specmoeoff.offload import planned_experts
-from specmoeoff.offload import reader as reader_module
 from specmoeoff.offload.arena import Arena
 from specmoeoff.pipeline import overlapped
 from specmoeoff.pipeline.executor import SerialExecutor
@@ -32,8 +32,6 @@ from specmoeoff.speculative.ngram_drafter import NgramDrafting
 from tiny import write_tiny
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from specmoeoff.outputs import RequestOutput
 
 GREEDY = SamplingParams(temperature=0, max_tokens=14, ignore_eos=True)
@@ -58,14 +56,14 @@ class Place:
 
 
 PLACES = {
-    "disk": Place("sim", "read", reader_module.os, "preadv"),
+    "disk": Place("sim", "read", *READS),
     "h2d": Place("sim", "load", planned_experts._Slots, "fill"),
     "h2d, activations": Place("sim", "attention_in", HostDevice, "upload"),
     "device": Place("sim", "experts", HostDevice, "run_experts"),
     "device, drafts": Place("sim", "draft", NgramDrafting, "propose"),
     "cpu": Place("sim", "attend", kernels, "chunked_attention"),
     "d2h": Place("sim", "qkv_out", HostDevice, "download"),
-    "disk of cpu": Place("cpu", "read", reader_module.os, "preadv"),
+    "disk of cpu": Place("cpu", "read", *READS),
     "cpu of cpu": Place("cpu", "experts", HostDevice, "run_experts"),
     "cpu of cpu, drafts": Place("cpu", "draft", NgramDrafting, "propose"),
 }
@@ -121,35 +119,6 @@ def check_finished(finished: list[RequestOutput], expected: list[list[int]]) -> 
         assert output.outputs[0].finish_reason == "length"
 
 
-def failing_once(call: int, error: BaseException, real: Callable[..., Any]) -> Callable[..., Any]:
-    left = [call]
-
-    def failing(*args: Any, **options: Any) -> Any:
-        left[0] -= 1
-        if left[0] == 0:
-            raise error
-        return real(*args, **options)
-
-    return failing
-
-
-class Hang:
-    """Holds one call of a place until it is released."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, place: Place, call: int = 1) -> None:
-        self.started, self.gate = threading.Event(), threading.Event()
-        real, self._left = getattr(place.owner, place.name), call
-
-        def hanging(*args: Any, **options: Any) -> Any:
-            self._left -= 1
-            if self._left == 0:
-                self.started.set()
-                assert self.gate.wait(20)
-            return real(*args, **options)
-
-        patch.setattr(place.owner, place.name, hanging)
-
-
 # It fails -----------------------------------------------------------------------------------------
 
 
@@ -174,8 +143,7 @@ def test_a_failure_on_any_lane(
         run = llm.iter_completed(PROMPTS, SHORT)
         finished = [next(run)]
         with monkeypatch.context() as patch:
-            real = getattr(place.owner, place.name)
-            patch.setattr(place.owner, place.name, failing_once(2, error, real))
+            fail_once(patch, place.owner, place.name, 2, error)
             named = rf"op \d+ \({place.op}.*\) of the specmoeoff step failed: "
             raised = StreamError if place.op == "read" else OpError
             with pytest.raises(raised, match=named) as caught:
@@ -199,8 +167,7 @@ def test_closing_after_a_failure(
     llm = opened(original, place.device)
     begun(llm)
     with monkeypatch.context() as patch:
-        real = getattr(place.owner, place.name)
-        patch.setattr(place.owner, place.name, failing_once(2, ZeroDivisionError("bug"), real))
+        fail_once(patch, place.owner, place.name, 2, ZeroDivisionError("bug"))
         with pytest.raises((StreamError, OpError)):
             llm.generate(PROMPTS, GREEDY)
     llm.close()
@@ -221,8 +188,7 @@ def test_a_run_beside_the_one_that_failed_goes_on(
         stream = llm.generate_stream(PROMPTS[2:], GREEDY)
         next(stream)
         with monkeypatch.context() as patch:
-            real = getattr(place.owner, place.name)
-            patch.setattr(place.owner, place.name, failing_once(2, MemoryError("no"), real))
+            fail_once(patch, place.owner, place.name, 2, MemoryError("no"))
             with pytest.raises((StreamError, OpError)):
                 list(stream)
         found = sorted(other, key=lambda output: int(output.request_id))
@@ -253,10 +219,7 @@ def test_a_file_that_was_cut_short(
 def test_reads_that_come_in_small_parts(
     original: Path, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
-    real = os.preadv
-    monkeypatch.setattr(
-        reader_module.os, "preadv", lambda fd, into, at: real(fd, [into[0][:4096]], at)
-    )
+    read_in_small_parts(monkeypatch)
     with opened(original, device) as llm:
         assert tokens(llm.generate(PROMPTS, GREEDY)) == expected
 
@@ -281,7 +244,7 @@ def test_memory_that_cannot_be_had_before_the_first_op(
     with opened(original, device) as llm:
         with monkeypatch.context() as patch:
             error = MemoryError("no room for 3 bytes")
-            patch.setattr(owner, name, failing_once(call, error, getattr(owner, name)))
+            fail_once(patch, owner, name, call, error)
             with pytest.raises(MemoryError, match="no room for 3 bytes"):
                 llm.generate(PROMPTS, GREEDY)
         assert llm._engine._target.kv.num_used == 0
@@ -298,7 +261,7 @@ def test_an_op_that_takes_long_is_waited_for(
 ) -> None:
     place = PLACES[lane]
     with opened(original, place.device) as llm:
-        hang = Hang(monkeypatch, place, 3)
+        hang = Hang(monkeypatch, place.owner, place.name, 3)
         threading.Timer(0.3, hang.gate.set).start()
         assert tokens(llm.generate(PROMPTS, GREEDY)) == expected
         assert hang.started.is_set()
@@ -313,22 +276,11 @@ def test_closing_while_an_op_hangs(
     place = PLACES[lane]
     llm = opened(original, place.device)
     begun(llm)
-    hang = Hang(monkeypatch, place)
-    told: list[str] = []
-
-    def run() -> None:
-        with pytest.raises((StreamError, OpError)) as error:
-            llm.generate(PROMPTS, GREEDY)
-        told.append(str(error.value))
-
-    runner = threading.Thread(target=run)
-    runner.start()
-    assert hang.started.wait(30)
-    llm.close()
-    runner.join(30)
-    assert not hang.gate.is_set()
-    assert len(told) == 1
-    assert "closed" in told[0]
+    hang = Hang(monkeypatch, place.owner, place.name)
+    told = told_when_closed(
+        lambda: llm.generate(PROMPTS, GREEDY), hang, llm.close, (StreamError, OpError)
+    )
+    assert "closed" in told
     with pytest.raises(InvalidInputError, match="was closed"):
         llm.generate(PROMPTS, GREEDY)
     hang.gate.set()
@@ -367,7 +319,7 @@ def test_ctrl_c_while_an_op_hangs(
     with opened(original, place.device) as llm:
         begun(llm)
         with monkeypatch.context() as patch:
-            hang = Hang(patch, place)
+            hang = Hang(patch, place.owner, place.name)
             interrupted(llm, hang)
             with pytest.raises(OpError, match=rf"\({place.op}.*\) of an earlier step .* still run"):
                 llm.generate(PROMPTS, GREEDY)
@@ -386,7 +338,7 @@ def test_closing_after_ctrl_c_gives_no_second_grace(
     place = PLACES[lane]
     llm = opened(original, place.device)
     begun(llm)
-    hang = Hang(monkeypatch, place)
+    hang = Hang(monkeypatch, place.owner, place.name)
     interrupted(llm, hang)
     monkeypatch.setattr(overlapped, "GRACE_S", 3600)
     closer = threading.Thread(target=llm.close, daemon=True)

@@ -58,6 +58,26 @@ def tiny_mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wide_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Wide keys and few experts: the KV cache is what fills a budget (144 KiB a page)."""
+    return write_tiny(
+        tmp_path_factory.mktemp("wide") / "target",
+        seed=21,
+        expert_spread=0.1,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        head_dim=96,
+        intermediate_size=96,
+    )
+
+
+@pytest.fixture(scope="session")
+def wide_draft(wide_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense draft for ``wide_target``."""
+    return write_draft(wide_target, tmp_path_factory.mktemp("wide") / "draft")
+
+
+@pytest.fixture(scope="session")
 def tiny_draft(tiny_mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense draft for ``tiny_mixtral``, which agrees with about four tokens in five."""
     return write_draft(tiny_mixtral, tmp_path_factory.mktemp("tiny") / "draft", tokenizer=True)

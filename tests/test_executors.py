@@ -232,41 +232,41 @@ def test_what_runs_beside_a_failure_is_told_to_stop_and_waited_for(
     assert ended == ["attend"]
 
 
+LOADS_AHEAD = Plan(
+    "test",
+    (Op("head", "cpu"), Op("load", "h2d", acquires=("slot",), ahead=True)),
+    SLOT,
+    {"experts": 1},
+    held_at_end=HELD,
+)
+
+
+def run_and_fail_ahead(executor: OverlappedExecutor) -> None:
+    """Run a step whose load fails once the step has returned."""
+    returned = threading.Event()
+
+    def perform(op: Op, stop: threading.Event) -> None:
+        if op.ahead:
+            assert returned.wait(30)
+            raise BadBlockError("gone")
+
+    executor.run(LOADS_AHEAD, perform)
+    returned.set()
+
+
 def test_what_failed_ahead_fails_the_next_step(executor: OverlappedExecutor) -> None:
-    load = Op("load", "h2d", acquires=("slot",), ahead=True)
-    first = Plan("test", (Op("head", "cpu"), load), SLOT, {"experts": 1}, held_at_end=HELD)
     second = Plan(
         "test", (Op("experts", "device", releases=("slot",)),), SLOT, {"experts": 1}, HELD
     )
-
-    returned = threading.Event()
-
-    def perform(op: Op, stop: threading.Event) -> None:
-        if op.ahead:
-            assert returned.wait(30)
-            raise BadBlockError("gone")
-
-    executor.run(first, perform)
-    returned.set()
+    run_and_fail_ahead(executor)
     with pytest.raises(OpError, match=r"op 1 \(load\) of the test step failed: gone"):
-        executor.run(second, perform)
-    fresh = replace(first, ops=(first.ops[0], replace(load, ahead=False)))
-    executor.run(fresh, perform)
+        executor.run(second, lambda op, stop: None)
+    fresh = replace(LOADS_AHEAD, ops=tuple(replace(op, ahead=False) for op in LOADS_AHEAD.ops))
+    executor.run(fresh, lambda op, stop: None)
 
 
 def test_what_failed_ahead_is_found_by_settling(executor: OverlappedExecutor) -> None:
-    load = Op("load", "h2d", acquires=("slot",), ahead=True)
-    plan = Plan("test", (Op("head", "cpu"), load), SLOT, {"experts": 1}, held_at_end=HELD)
-
-    returned = threading.Event()
-
-    def perform(op: Op, stop: threading.Event) -> None:
-        if op.ahead:
-            assert returned.wait(30)
-            raise BadBlockError("gone")
-
-    executor.run(plan, perform)
-    returned.set()
+    run_and_fail_ahead(executor)
     with pytest.raises(OpError, match="gone"):
         executor.settle()
 

@@ -18,7 +18,7 @@ from specmoeoff.config import KV_DTYPES, EngineConfig, KvDtype, SpeculativeConfi
 from specmoeoff.engine import memory_plan
 from specmoeoff.engine.memory_plan import MemoryPlan, make_plan, open_models, plan_memory
 from specmoeoff.errors import DoesNotFitError
-from tiny import write_draft, write_tiny
+from tiny import HEAVY, write_draft, write_tiny
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,17 +32,10 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with 57 MB of experts, 1.2 MB each."""
     return write_tiny(
         tmp_path_factory.mktemp("plan") / "target",
-        seed=3,
-        expert_spread=0.1,
-        hidden_size=256,
-        intermediate_size=768,
+        **HEAVY,
         num_hidden_layers=4,
         num_local_experts=12,
-        num_experts_per_tok=2,
-        num_attention_heads=4,
-        head_dim=64,
         vocab_size=8000,
-        max_position_embeddings=2048,
     )
 
 
@@ -265,6 +258,22 @@ def run_apart(model: Path, memory: int, speculative: Any, **asked: Any) -> dict[
     return result
 
 
+def keep_the_promise(
+    target: Path,
+    speculative: dict[str, Any] | None,
+    extra_mib: int,
+    *,
+    schedule: str,
+    **asked: Any,
+) -> dict[str, Any]:
+    """Generate with the smallest budget and so much more; the peak must be within it."""
+    config = SpeculativeConfig(**speculative) if speculative else None
+    memory = smallest_budget(target, config, schedule=schedule) + extra_mib * MIB
+    result = run_apart(target, memory, speculative, schedule=schedule, batch=16, **asked)
+    assert result["peak"] <= memory
+    return result
+
+
 @pytest.mark.parametrize("schedule", ["reactive", "specmoeoff"])
 @pytest.mark.parametrize(
     ("extra_mib", "method", "temperature"),
@@ -284,19 +293,15 @@ def test_the_promise(
     if method != "off":
         model = str(draft) if method == "draft_model" else None
         speculative = {"method": method, "model": model, "num_speculative_tokens": 4}
-    config = SpeculativeConfig(**speculative) if speculative else None
-    memory = smallest_budget(target, config, schedule=schedule) + extra_mib * MIB
-    result = run_apart(
+    result = keep_the_promise(
         target,
-        memory,
         speculative,
+        extra_mib,
         schedule=schedule,
-        batch=16,
         prompt=400 if extra_mib else 100,
         max_tokens=12,
         temperature=temperature,
     )
-    assert result["peak"] <= memory
     assert [len(tokens) for tokens in result["tokens"]] == [12] * 16
     if extra_mib:
         # When all is over the KV cache needs nothing, and experts have what it had.
@@ -339,16 +344,6 @@ def test_the_promise_at_size(
     if drafts:
         draft = write_draft(target, directory / "draft")
         speculative = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 8}
-    config = SpeculativeConfig(**speculative) if speculative else None  # type: ignore[arg-type]
-    memory = smallest_budget(target, config, schedule=schedule) + extra_mib * MIB
-    result = run_apart(
-        target,
-        memory,
-        speculative,
-        schedule=schedule,
-        batch=16,
-        prompt=250,
-        max_tokens=8,
-        temperature=1.0,
+    keep_the_promise(
+        target, speculative, extra_mib, schedule=schedule, prompt=250, max_tokens=8, temperature=1.0
     )
-    assert result["peak"] <= memory

@@ -20,7 +20,7 @@ from specmoeoff.engine.planned_memory import MemorySplit, split_memory
 from specmoeoff.engine.planned_policy import planned_config
 from specmoeoff.offload.planned_experts import slot_bytes
 from specmoeoff.pipeline.schedules.shape import DEVICE
-from tiny import write_draft, write_tiny
+from tiny import HEAVY, write_draft, write_tiny
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,17 +31,10 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with 14 MB of experts whose sequences may be long."""
     return write_tiny(
         tmp_path_factory.mktemp("split") / "target",
-        seed=3,
-        expert_spread=0.1,
-        hidden_size=256,
-        intermediate_size=768,
+        **HEAVY,
         num_hidden_layers=2,
         num_local_experts=6,
-        num_experts_per_tok=2,
-        num_attention_heads=4,
-        head_dim=64,
         vocab_size=1000,
-        max_position_embeddings=2048,
     )
 
 

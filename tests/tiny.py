@@ -28,6 +28,17 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|eos|>"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+HEAVY: dict[str, Any] = {
+    "seed": 3,
+    "expert_spread": 0.1,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_experts_per_tok": 2,
+    "num_attention_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 2048,
+}
+"""Options of ``write_tiny`` for experts of 1.2 MB each, and sequences that may be long."""
 SPECIAL_TOKENS = ["<|bos|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
 STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}

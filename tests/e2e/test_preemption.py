@@ -10,7 +10,6 @@ import pytest
 from budgets import MIB, forget_this_process, smallest_budget
 from specmoeoff import LLM, SamplingParams, SpeculativeConfig
 from specmoeoff.engine import expected_output
-from tiny import write_draft, write_tiny
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,25 +22,6 @@ PARAMS = [
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Wide keys and few experts: the KV cache is what fills the budget (144 KiB a page)."""
-    return write_tiny(
-        tmp_path_factory.mktemp("preemption") / "target",
-        seed=21,
-        expert_spread=0.1,
-        num_attention_heads=6,
-        num_key_value_heads=6,
-        head_dim=96,
-        intermediate_size=96,
-    )
-
-
-@pytest.fixture(scope="module")
-def draft(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_draft(target, tmp_path_factory.mktemp("preemption") / "draft")
-
-
-@pytest.fixture(scope="module")
 def prompts() -> list[dict[str, list[int]]]:
     rng = np.random.default_rng(8)
     return [
@@ -50,8 +30,8 @@ def prompts() -> list[dict[str, list[int]]]:
 
 
 @pytest.fixture(scope="module")
-def expected(target: Path, prompts: list[dict[str, list[int]]]) -> list[list[int]]:
-    with LLM(str(target), memory="4GiB") as llm:
+def expected(wide_target: Path, prompts: list[dict[str, list[int]]]) -> list[list[int]]:
+    with LLM(str(wide_target), memory="4GiB") as llm:
         return [
             llm.generate(prompt, params)[0].outputs[0].token_ids
             for prompt, params in zip(prompts, PARAMS, strict=True)
@@ -62,8 +42,8 @@ def expected(target: Path, prompts: list[dict[str, list[int]]]) -> list[list[int
 @pytest.mark.parametrize("extra_mib", [0, 1, 3])
 @pytest.mark.parametrize("step_tokens", [None, 12])
 def test_preempted_sequences_say_the_same(
-    target: Path,
-    draft: Path,
+    wide_target: Path,
+    wide_draft: Path,
     prompts: list[dict[str, list[int]]],
     expected: list[list[int]],
     monkeypatch: pytest.MonkeyPatch,
@@ -78,13 +58,13 @@ def test_preempted_sequences_say_the_same(
     if method != "off":
         speculative = SpeculativeConfig(
             method,  # type: ignore[arg-type]
-            str(draft) if method == "draft_model" else None,
+            str(wide_draft) if method == "draft_model" else None,
             num_speculative_tokens=3,
             prompt_lookup_min=1,
         )
     options = {"max_num_batched_tokens": step_tokens, "max_model_len": 192}
-    memory = smallest_budget(target, speculative, **options) + extra_mib * MIB
-    with LLM(str(target), memory=memory, speculative_config=speculative, **options) as llm:  # type: ignore[arg-type]
+    memory = smallest_budget(wide_target, speculative, **options) + extra_mib * MIB
+    with LLM(str(wide_target), memory=memory, speculative_config=speculative, **options) as llm:  # type: ignore[arg-type]
         assert llm.policy.max_model_len == 192
         outputs = llm.generate(prompts, PARAMS)
         stats = llm.stats()
@@ -103,15 +83,15 @@ def test_preempted_sequences_say_the_same(
 
 
 def test_what_is_expected_rightly_is_not_preempted(
-    target: Path,
+    wide_target: Path,
     prompts: list[dict[str, list[int]]],
     expected: list[list[int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The limit of 90 tokens is less than what is expected before anything has ended."""
     forget_this_process(monkeypatch)
-    memory = smallest_budget(target, max_model_len=192)
-    with LLM(str(target), memory=memory, max_model_len=192) as llm:
+    memory = smallest_budget(wide_target, max_model_len=192)
+    with LLM(str(wide_target), memory=memory, max_model_len=192) as llm:
         outputs = llm.generate(prompts, PARAMS)
         assert llm.stats().preemptions == 0
     assert [output.outputs[0].token_ids for output in outputs] == expected

@@ -20,7 +20,7 @@ from specmoeoff.engine import planned_memory
 from specmoeoff.engine.build import build_engine
 from specmoeoff.engine.expected_output import ExpectedOutput
 from specmoeoff.engine.planned_policy import planned_config
-from tiny import BYTE_VOCABULARY, write_draft, write_tiny
+from tiny import BYTE_VOCABULARY
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,39 +31,22 @@ SLACK_BYTES = MIB // 2
 """Of resident memory: some 700 bytes for each step between the medians."""
 
 
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Wide keys and few experts: a few sequences fill the KV cache."""
-    return write_tiny(
-        tmp_path_factory.mktemp("soak") / "target",
-        seed=21,
-        expert_spread=0.1,
-        num_attention_heads=6,
-        num_key_value_heads=6,
-        head_dim=96,
-        intermediate_size=96,
-    )
-
-
-@pytest.fixture(scope="module")
-def draft(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_draft(target, tmp_path_factory.mktemp("soak") / "draft")
-
-
 @pytest.fixture
-def config(target: Path, draft: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> EngineConfig:
+def config(
+    wide_target: Path, wide_draft: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> EngineConfig:
     """At the smallest budget, and with so little expected that too many are admitted."""
     forget_this_process(monkeypatch)
     monkeypatch.setattr(ExpectedOutput, "of", lambda self, num_tokens: num_tokens)
     speculative = SpeculativeConfig(
         method,  # type: ignore[arg-type]
-        str(draft) if method == "draft_model" else None,
+        str(wide_draft) if method == "draft_model" else None,
         num_speculative_tokens=3,
         prompt_lookup_min=1,
     )
     options: dict[str, Any] = {"max_model_len": 192, "max_num_seqs": 8, "num_threads": 1}
-    memory = smallest_budget(target, speculative, **options)
-    return EngineConfig(str(target), memory=memory, speculative=speculative, **options)
+    memory = smallest_budget(wide_target, speculative, **options)
+    return EngineConfig(str(wide_target), memory=memory, speculative=speculative, **options)
 
 
 @pytest.mark.slow

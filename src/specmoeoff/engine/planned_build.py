@@ -18,14 +18,8 @@ from specmoeoff.engine.dtype import choose_dtype
 from specmoeoff.engine.memory_plan import PAGE_TOKENS
 from specmoeoff.engine.model_files import ModelFiles
 from specmoeoff.engine.planned_forward import NO_WEIGHTS, Machine, PlannedForward
-from specmoeoff.engine.planned_memory import (
-    HOST_SLOTS,
-    KV_ITEM_BYTES,
-    KV_SCALE_BYTES,
-    MemorySplit,
-    PlannedConfig,
-    split_memory,
-)
+from specmoeoff.engine.planned_memory import MemorySplit, PlannedConfig, split_memory
+from specmoeoff.engine.step_shape import HOST_SLOTS, step_shape
 from specmoeoff.engine.torch_build import open_torch, with_device_memory
 from specmoeoff.engine.weights import Loader, ModelWeights, load_dense
 from specmoeoff.models.registry import build_model
@@ -200,13 +194,5 @@ def decoding_shape(config: EngineConfig, wanted: PlannedConfig) -> StepShape:
     sizes = [b - a for a, b in itertools.pairwise(bounds)]
     longest = wanted.max_len or split.num_pages * PAGE_TOKENS // wanted.num_seqs
     paged = -(-longest // PAGE_TOKENS) * PAGE_TOKENS
-    return StepShape(
-        files.model.config,
-        tuple(MicroBatch(size, size, size * longest, size, size * paged) for size in sizes),
-        split.placement,
-        split.num_slots,
-        slot_bytes(files.expert_layouts()),
-        kv_item_bytes=KV_ITEM_BYTES[config.kv_dtype],
-        kv_scale_bytes=KV_SCALE_BYTES[config.kv_dtype],
-        host_slots=HOST_SLOTS,
-    )
+    batches = (MicroBatch(size, size, size * longest, size, size * paged) for size in sizes)
+    return step_shape(config, files, split, batches)

@@ -27,6 +27,7 @@ from specmoeoff.engine.memory_plan import (
     step_parts,
     weight_parts,
 )
+from specmoeoff.engine.step_shape import HOST_SLOTS, step_shape
 from specmoeoff.engine.torch_build import workspace_bytes
 from specmoeoff.offload.planned_experts import slot_bytes
 from specmoeoff.offload.tiers import Tier
@@ -49,10 +50,6 @@ if TYPE_CHECKING:
 DeviceKind = Literal["cpu", "sim", "cuda"]
 KEEPS_KV_ON_DEVICE = ("zero_inference",)
 """Schedules whose attention finds its past on the device."""
-KV_ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1}
-KV_SCALE_BYTES = {"bfloat16": 0, "float16": 0, "float32": 0, "int8": 4}
-HOST_SLOTS = 4
-"""Experts on their way from disk to the device; one arrives while another leaves."""
 KV_SHARE = 0.25
 """Share of what is free that the KV cache may take from experts."""
 
@@ -288,13 +285,4 @@ def _largest(
         kv_tokens=split.num_pages * PAGE_TOKENS,
         num_outputs=max(1, wanted.num_seqs // count),
     )
-    return StepShape(
-        files.model.config,
-        (batch,) * count,
-        split.placement,
-        split.num_slots,
-        slot_bytes(files.expert_layouts()),
-        kv_item_bytes=KV_ITEM_BYTES[config.kv_dtype],
-        kv_scale_bytes=KV_SCALE_BYTES[config.kv_dtype],
-        host_slots=HOST_SLOTS,
-    )
+    return step_shape(config, files, split, [batch] * count)

@@ -57,6 +57,15 @@ def test_large_heads(head_dim: int, dtype: str) -> None:
     check(make_problem([77, 64], [3, 1], head_dim=head_dim, dtype=dtype))
 
 
+@pytest.mark.parametrize("head_dim", [32, 80, 96])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiles_of_every_height(dtype: str, head_dim: int) -> None:
+    """One row to thirteen: every size of tile alone, and two or three of them."""
+    rows = range(1, 14)
+    lens = [130 + 40 * n for n in rows]
+    check(make_problem(lens, rows, num_heads=1, num_kv_heads=1, head_dim=head_dim, dtype=dtype))
+
+
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 1100}])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_long_contexts_are_combined_from_ranges(dtype: str, options: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from specmoeoff.engine.forward import Span
 from specmoeoff.errors import DoesNotFitError
 from specmoeoff.offload.kv_cache import KvSequence
 from specmoeoff.pipeline.costs import Costs
-from specmoeoff.pipeline.tune import tuned
+from specmoeoff.pipeline.tune import MEASURED_MARGIN, tuned
 
 if TYPE_CHECKING:
     from specmoeoff.engine.planned_forward import PlannedForward
@@ -146,8 +146,11 @@ def record(
     machine.executor.settle()
     shape = forward.shape_of(batch.spans())
     if tunes and machine.schedule == "specmoeoff":
-        costs = machine.costs or Costs.measured([step.timeline() for step in forward.steps])
-        forward.tune(tuned(shape, costs))
+        if machine.costs:
+            forward.tune(tuned(shape, machine.costs))
+        else:
+            measured = Costs.measured([step.timeline() for step in forward.steps])
+            forward.tune(tuned(shape, measured, MEASURED_MARGIN))
     batch.step()
     forward.keeps_steps, forward.steps = True, []
     for _ in range(num_steps):

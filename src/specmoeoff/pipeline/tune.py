@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from specmoeoff.pipeline.plan import Plan
     from specmoeoff.pipeline.schedules.shape import StepShape
 
+MEASURED_MARGIN = 0.05
+"""What another choice than the schedule's own has to gain, simulated on measured costs. With a
+short ring a few experts less are read, but each read waits for a slot that was in use a moment ago:
+on a machine that takes longer than simulated (docs/pipeline.md has figures)."""
 STEPS = 3
 """Steps simulated; the first one starts with an empty ring and does not count."""
 
@@ -38,13 +42,23 @@ def steady_step_s(schedule: str, shape: StepShape, costs: Costs) -> float:
     return simulate_steps(steps_of(schedule, shape), costs)[-1].step_s
 
 
-def tuned(shape: StepShape, costs: Costs) -> StepShape:
-    """Return the shape with the waves and the ring that make our schedule's step shortest."""
-    return min(_choices(shape), key=lambda choice: steady_step_s("specmoeoff", choice, costs))
+def tuned(shape: StepShape, costs: Costs, margin: float = 0.0) -> StepShape:
+    """Return the shape with the waves and the ring that make our schedule's step shortest.
+
+    Args:
+        shape: The step.
+        costs: What to simulate on.
+        margin: The least gain for which the schedule's own ring and one wave are given up, as a
+            share of the step.
+    """
+    own, *others = _choices(shape)
+    best = min((own, *others), key=lambda choice: steady_step_s("specmoeoff", choice, costs))
+    found, plain = (steady_step_s("specmoeoff", choice, costs) for choice in (best, own))
+    return best if found < (1 - margin) * plain else own
 
 
 def _choices(shape: StepShape) -> Iterator[StepShape]:
-    """Yield the shapes to try that can run at all; ties go to the first."""
+    """Yield the shapes to try that can run at all, one wave with the schedule's own ring first."""
     rings = sorted({2, 3, 4, 6, shape.num_experts, 2 * shape.num_experts} & _up_to(shape.num_slots))
     for waves in (1, 2) if len(shape.micro_batches) > 1 else (1,):
         for ring in (None, *rings):

@@ -3,8 +3,8 @@
 With a model, steps are run: on this machine, or on a simulated device whose links and processors
 are held to a set speed. Beside each measured step stands the simulator's, at the speeds that were
 set or measured. Without a model nothing is run: a Mixtral 8x7B is priced at a host's peak speeds.
-A round runs all six schedules in turn; with more rounds a figure is the median over rounds of the
-round's best step, so that a disk that drifts favours none of them.
+A round runs all six schedules in turn, each round from another one on; with more rounds a figure is
+the median over rounds of the round's best step, so that a disk that drifts favours none of them.
 
     python benchmarks/schedules.py --host a30 --batch 1 16 64 256 1817
     python benchmarks/schedules.py --target DIR --device sim --device-memory 20MB --scale 0.001
@@ -165,7 +165,9 @@ def _measured(options: argparse.Namespace) -> Iterator[Result]:
     for batch in options.batch:
         results = [Result(name, batch, []) for name in SCHEDULES]
         for number in range(1, options.rounds + 1):
-            for result in results:
+            # Each round starts with another one: what came before leaves its mark on the disk.
+            first = (number - 1) % len(results)
+            for result in (*results[first:], *results[:first]):
                 found = _round(options, result.schedule, batch)
                 result.rounds.append(found)
                 cell = f"{result.schedule} {batch}, round {number}"

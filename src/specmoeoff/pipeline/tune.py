@@ -51,10 +51,10 @@ def tuned(shape: StepShape, costs: Costs, margin: float = 0.0) -> StepShape:
         margin: The least gain for which the schedule's own ring and one wave are given up, as a
             share of the step.
     """
-    own, *others = _choices(shape)
-    best = min((own, *others), key=lambda choice: steady_step_s("specmoeoff", choice, costs))
-    found, plain = (steady_step_s("specmoeoff", choice, costs) for choice in (best, own))
-    return best if found < (1 - margin) * plain else own
+    simulated = [(steady_step_s("specmoeoff", choice, costs), choice) for choice in _choices(shape)]
+    own_s, own = simulated[0]
+    best_s, best = min(simulated, key=lambda found: found[0])
+    return best if best_s < (1 - margin) * own_s else own
 
 
 def _choices(shape: StepShape) -> Iterator[StepShape]:

@@ -219,12 +219,16 @@ def summary(results: list[Measured]) -> list[str]:
                 f"{first}, {name}: {reached} of {len(rows)} at {goal:.0%}, least {least:.0%}"
             )
     for dtype in sorted({r.case.kv_dtype for r in results} - {first}):
-        bound = [r.speedup for r in results if r.case.kv_dtype == dtype and r.knees < 1]
-        if bound:
-            lines.append(
-                f"{dtype} over {first} where {dtype} is bound by bandwidth: "
-                f"{min(bound):.2f} to {max(bound):.2f}"
-            )
+        for name, low, high in (("far below", 0.0, 0.5), ("within a factor 2 below", 0.5, 1.0)):
+            speedups = [
+                r.speedup for r in results if r.case.kv_dtype == dtype and low <= r.knees < high
+            ]
+            if speedups:
+                reached = sum(speedup >= 1.6 for speedup in speedups)
+                lines.append(
+                    f"{dtype} over {first} {name} {dtype}'s knee: {min(speedups):.2f} to "
+                    f"{max(speedups):.2f}, {reached} of {len(speedups)} at 1.6"
+                )
     return lines
 
 

@@ -58,16 +58,18 @@ struct Plan {
   }
 };
 
-// One item per sequence, up to `num_heads` KV heads and tile of rows.
+// One item per sequence, up to `num_heads` KV heads and tile of rows. Of the sequences that are left
+// when all threads have had as many, each head is one: the threads then end together.
 void ListItems(const AttentionCall& call, int num_sequences, int num_heads, Plan& plan) {
   const int group = call.num_heads / call.num_kv_heads;
   plan.items.clear();
   plan.most_states = 0;
+  const int num_even = num_sequences - num_sequences % NumThreads();
   for (int b = 0; b < num_sequences; ++b) {
     const int64_t rows = int64_t{NumQueries(call, b)} * group;
     const int64_t tiles = (rows + kAttentionMaxRows - 1) / kAttentionMaxRows;
     const int64_t heads =
-        tiles > 0
+        tiles > 0 && b < num_even
             ? std::clamp<int64_t>(kAttentionMaxRows / ((rows + tiles - 1) / tiles), 1, num_heads)
             : 1;
     for (int g = 0; g < call.num_kv_heads; g += static_cast<int>(heads)) {

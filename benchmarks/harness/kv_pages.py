@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from specmoeoff.offload.kv_cache import KvCache
+from specmoeoff.offload.kv_cache import KvCache, KvSequence
 
 NUM_KV_HEADS = 4
 DTYPES = {
@@ -23,6 +23,8 @@ class Pages:
     def __init__(self, head_dim: int, kv_dtype: str, megabytes: int) -> None:
         self.num_pages = int(megabytes * 1e6 / (4 * NUM_KV_HEADS * head_dim) / self.page_size)
         kv = KvCache(1, NUM_KV_HEADS, head_dim, self.num_pages, kv_dtype, self.page_size)
+        # As in the engine, memory is huge pages only where all of one is held.
+        kv.reserve(KvSequence(), self.num_pages * self.page_size)
         self.fields = [*kv.layer(0), *kv.scales(0)]
         rng = np.random.default_rng(0)
         for field in self.fields:

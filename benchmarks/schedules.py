@@ -5,15 +5,18 @@ are held to a set speed. Beside each measured step stands the simulator's, at th
 set or measured. Without a model nothing is run: a Mixtral 8x7B is priced at a host's peak speeds.
 A round runs all six schedules in turn, each round from another one on; with more rounds a figure is
 the median over rounds of the round's best step, so that a disk that drifts favours none of them.
+Where it drifts too much for that, --disk-rate holds it to a rate that it always gives (needs root).
 
     python benchmarks/schedules.py --host a30 --batch 1 16 64 256 1817
     python benchmarks/schedules.py --target DIR --device sim --device-memory 20MB --scale 0.001
     python benchmarks/schedules.py --target DIR --device cpu --memory 1GiB --rounds 3
+    python benchmarks/schedules.py --target DIR --device cpu --memory 1GiB --disk-rate 500MB
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 from dataclasses import dataclass
@@ -21,6 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
+from harness.disk_rate import held_disk_rate
 from harness.machine import machine
 from harness.table import table
 from specmoeoff.config import EngineConfig, ModelConfig, RopeConfig
@@ -104,7 +108,10 @@ class Result:
 def main() -> None:
     """Run or price every schedule at every batch."""
     options = _options()
-    results = list(_measured(options) if options.target else _priced(options))
+    with contextlib.ExitStack() as held:
+        if options.disk_rate:
+            held.enter_context(held_disk_rate(parse_memory_size(options.disk_rate), options.target))
+        results = list(_measured(options) if options.target else _priced(options))
     names = list(SCHEDULES)
     rows = []
     for name in names:
@@ -221,10 +228,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--verified", type=int, default=1, help="tokens a sequence and step")
     parser.add_argument("--steps", type=int, default=3, help="of a round")
     parser.add_argument("--rounds", type=int, default=1, help="over all schedules, when run")
+    parser.add_argument("--disk-rate", help="bytes per second read from the disk at most")
     parser.add_argument("--png", type=Path)
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error("--rounds must be at least 1")
+    if options.disk_rate and not options.target:
+        parser.error("--disk-rate is for steps that are run: give a --target")
     return options
 
 

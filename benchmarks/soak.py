@@ -12,6 +12,7 @@ if anything grew. Any model will do; no tokenizer is needed.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -35,11 +36,8 @@ def main() -> None:
     vocab_size = parse_config(options.target).vocab_size
     engine = build_engine(_config(options))
     soak = Soak(engine, vocab_size, options.longest, options.seed)
-    busy = max(1, min(options.steps // (2 * ROUNDS), MOST_BUSY_STEPS))
-    samples: list[Sample] = []
     start = time.monotonic()
-    while soak.num_steps < options.steps or len(samples) < 4:
-        samples.append(soak.round(busy))
+    samples = _rounds(soak, options.steps)
     stats = engine.stats()
     engine.close()
     medians = thirds(samples)
@@ -68,6 +66,23 @@ def main() -> None:
     )
     if worse:
         raise SystemExit(1)
+
+
+def _rounds(soak: Soak, num_steps: int) -> list[Sample]:
+    """Run rounds until there were so many steps; a line on stderr after each says how it goes."""
+    busy = max(1, min(num_steps // (2 * ROUNDS), MOST_BUSY_STEPS))
+    samples: list[Sample] = []
+    while soak.num_steps < num_steps or len(samples) < 4:
+        sample = soak.round(busy)
+        samples.append(sample)
+        print(
+            f"round {len(samples)}: step {soak.num_steps} of {num_steps}, held when idle "
+            f"{sample.resident_bytes / 2**20:.1f} MiB, {sample.descriptors} descriptors, "
+            f"{sample.threads} threads, {sample.kv_pages} KV pages",
+            file=sys.stderr,
+            flush=True,
+        )
+    return samples
 
 
 def _config(options: argparse.Namespace) -> EngineConfig:

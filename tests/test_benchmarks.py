@@ -12,9 +12,12 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
+from harness.layer_shapes import copies
 from harness.read_loop import ReadLoop
+from specmoeoff import kernels
 from specmoeoff.pipeline.schedules import SCHEDULES
 from tiny import write_tiny
 
@@ -95,6 +98,35 @@ def test_schedules_take_turns_round_after_round(tiny_mixtral: Path, tmp_path: Pa
             assert result[figure] == median(r[figure] for r in result["rounds"])
         assert all(r["step_s"] > 0 and r["lane_shares"] for r in result["rounds"])
     assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_disk_is_held_to_a_rate_or_an_error_says_why_not(tmp_path: Path) -> None:
+    """Which one, the rights decide; the group is gone afterwards."""
+    file = tmp_path / "file"
+    file.write_bytes(bytes(1 << 20))
+    program = (
+        "import sys; from pathlib import Path; from harness.disk_rate import held_disk_rate\n"
+        "def groups(): return sorted(l for l in Path('/proc/self/cgroup').read_text().split())\n"
+        "before = groups()\n"
+        "with held_disk_rate(100_000_000, Path(sys.argv[1])): assert groups() != before\n"
+        "assert groups() == before"
+    )
+    command = [sys.executable, "-c", program, str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=BENCHMARKS)
+    assert done.returncode == 0 or done.stderr.startswith("cannot hold the disk to a rate (")
+    assert "Traceback" not in done.stderr
+
+
+def test_copies_are_equal_and_apart() -> None:
+    values = np.arange(6, dtype=np.uint16).reshape(2, 3)
+    quantised = kernels.Int8Weight(np.ones((2, 3), np.int8), np.ones((2, 1), np.float32))
+    first, second = copies((values, quantised), 2)
+    assert np.array_equal(first[0], values)
+    assert np.array_equal(second[1].scales, quantised.scales)
+    first[0][...] = 0
+    first[1].values[...] = 0
+    assert np.array_equal(second[0], values)
+    assert np.array_equal(second[1].values, quantised.values)
 
 
 def test_gpu_in_a_dry_run(tiny_mixtral: Path) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from specmoeoff.offload.arena import Arena
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
 Form = TypeVar("Form")
@@ -31,8 +35,44 @@ def copies_beyond_caches(num_bytes: int) -> int:
 
 
 def copies(form: Form, count: int) -> list[Form]:
-    """Return that many weights of equal values, each in memory of its own."""
-    return [copy.deepcopy(form) for _ in range(count)]
+    """Return that many weights of equal values, each in memory of its own.
+
+    They lie one after the other in an arena that is held, so in huge pages, as the engine's experts
+    do.
+
+    Args:
+        form: A matrix, one of the quantised weights, or a tuple of such.
+        count: How many.
+    """
+    arena = Arena(count * _padded_bytes(form))
+    arena.hold(arena.num_bytes)
+    at = 0
+
+    def place(array: NDArray[Any]) -> NDArray[Any]:
+        nonlocal at
+        placed = arena.bytes[at : at + array.nbytes].view(array.dtype).reshape(array.shape)
+        placed[...] = array
+        at += _padded_bytes(array)
+        return placed
+
+    return [_placed(form, place) for _ in range(count)]
+
+
+def _placed(form: Form, place: Callable[[NDArray[Any]], NDArray[Any]]) -> Form:
+    """Return the form with every array of it placed."""
+    if isinstance(form, np.ndarray):
+        return place(form)
+    if isinstance(form, tuple):
+        return tuple(_placed(part, place) for part in form)
+    return replace(form, **{f.name: _placed(getattr(form, f.name), place) for f in fields(form)})
+
+
+def _padded_bytes(form: Any) -> int:
+    """Return the bytes of a form, each array in whole cache lines."""
+    if isinstance(form, np.ndarray):
+        return -(-form.nbytes // 64) * 64
+    parts = form if isinstance(form, tuple) else [getattr(form, f.name) for f in fields(form)]
+    return sum(_padded_bytes(part) for part in parts)
 
 
 def random_bfloat16(rng: np.random.Generator, n: int, k: int) -> NDArray[np.uint16]:

@@ -115,6 +115,29 @@ def test_steps_of_every_schedule_run_on_into_each_other(
     assert set(ledger.held) == {held.buffer for held in steps[-1].held_at_end}
 
 
+@given(plan=plans(), seed=st.integers(0, 1000))
+def test_an_op_begins_once_when_all_that_it_waits_for_has_ended(
+    executor: OverlappedExecutor, plan: Plan, seed: int
+) -> None:
+    ledger = Ledger(random.Random(seed))
+    begun: list[int] = []
+    too_early: list[Op] = []
+
+    def begin(op: Op) -> None:
+        begun.append(id(op))
+        if not ledger.held.keys().isdisjoint(op.acquires):
+            too_early.append(op)
+
+    def perform(op: Op, stop: threading.Event) -> None:
+        assert begun.count(id(op)) == 1
+        ledger.perform(op, stop)
+
+    ledger.begin(plan)
+    executor.run(plan, perform, begin)
+    assert len(begun) == len(plan.ops)
+    assert not too_early
+
+
 # What an overlapped step does ---------------------------------------------------------------------
 
 SLOT = {"slot": Buffer("experts", 1)}
@@ -127,6 +150,18 @@ def test_lanes_work_at_the_same_time(executor: OverlappedExecutor) -> None:
     plan = Plan("test", tuple(Op("load", lane) for lane in LANES))
     executor.run(plan, lambda op, stop: void(barrier.wait()))
     assert barrier.n_waiting == 0
+
+
+def test_an_op_begins_before_its_lane_gets_to_it(executor: OverlappedExecutor) -> None:
+    """The first one ends when the second one has begun; one lane runs both."""
+    plan = Plan("test", (Op("read", "disk", layer=0), Op("read", "disk", layer=1)))
+    second_begins = threading.Event()
+
+    def perform(op: Op, stop: threading.Event) -> None:
+        if op.layer == 0:
+            assert second_begins.wait(30)
+
+    executor.run(plan, perform, lambda op: second_begins.set() if op.layer == 1 else None)
 
 
 def void(_: object) -> None:

@@ -270,15 +270,9 @@ def test_tuning_takes_one_wave_where_weights_are_slow_to_read_again() -> None:
     assert tuned(shape(4, num_slots=12), slow_device).waves == 1
 
 
-def test_tuning_keeps_the_schedules_own_ring_for_less_than_the_margin() -> None:
-    """A ring of two is a fifth faster here."""
+def test_tuning_takes_a_short_ring_where_only_bytes_count() -> None:
     costs = Costs({"h2d": Rate(1e6), "device": Rate(4e6), "cpu": Rate(1e9)})
-    step = shape(1, num_slots=10)
-    own, short = (
-        steady_step_s("specmoeoff", replace(step, ring_slots=r), costs) for r in (None, 2)
-    )
-    assert tuned(step, costs, 0.99 * (1 - short / own)).ring_slots == 2
-    assert tuned(step, costs, 1.01 * (1 - short / own)).ring_slots is None
+    assert tuned(shape(1, num_slots=10), costs).ring_slots == 2
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -321,7 +321,9 @@ def test_ctrl_c_while_an_op_hangs(
         with monkeypatch.context() as patch:
             hang = Hang(patch, place.owner, place.name)
             interrupted(llm, hang)
-            with pytest.raises(OpError, match=rf"\({place.op}.*\) of an earlier step .* still run"):
+            # A read may hang before its lane gets to it.
+            still = rf"(\({place.op}.*\)|reading .*) of an earlier step .* still run"
+            with pytest.raises((OpError, StreamError), match=still):
                 llm.generate(PROMPTS, GREEDY)
         hang.gate.set()
         monkeypatch.setattr(overlapped, "GRACE_S", 30)

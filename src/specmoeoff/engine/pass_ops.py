@@ -73,6 +73,11 @@ class PassOps:
             through = _OPS[op.kind](self, op)
         del through
 
+    def begin(self, op: Op) -> None:
+        """Begin a read, so that the disk finds the next one in its queue when one ends."""
+        if op.kind == "read":
+            self.experts.begin_read((_layer(op), op.experts[0]), op.acquires[0])
+
     def outputs(self) -> F32:
         """Return the hidden states of the wanted rows, [R, hidden]."""
         return np.concatenate([s.outputs for s in self.slices if s.outputs is not None])

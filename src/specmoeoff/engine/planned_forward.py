@@ -16,6 +16,7 @@ from specmoeoff.devices.host import HostDevice
 from specmoeoff.engine.micro_batch import Slice, cut, slice_of
 from specmoeoff.engine.pass_ops import PassOps
 from specmoeoff.errors import OpError, StreamError
+from specmoeoff.pipeline import overlapped
 from specmoeoff.pipeline.pace import paced
 from specmoeoff.pipeline.schedules import build_plan
 from specmoeoff.pipeline.schedules.belt import KEPT
@@ -139,6 +140,7 @@ class PlannedForward:
             OpError: Any other failure of an op.
         """
         start = time.perf_counter()
+        self._experts.let_land(overlapped.GRACE_S)
         batches = cut(spans, self.machine.num_micro_batches)
         drafts = max(span.num_drafts for span in spans) if with_drafts is not None else None
         shape = self._shape(batches, drafts)
@@ -163,9 +165,10 @@ class PlannedForward:
         # What a failed step has loaded may be half there, so the next one must not count on it.
         self._held = tuple(held for held in plan.held_at_start if held.buffer.startswith(KEPT))
         try:
-            step = self.machine.executor.run(plan, perform)
-        except OpError as error:
-            if isinstance(error.__cause__, StreamError):
+            step = self.machine.executor.run(plan, perform, work.begin)
+        except BaseException as error:
+            self._experts.give_up_reads()
+            if isinstance(error, OpError) and isinstance(error.__cause__, StreamError):
                 raise StreamError(str(error)) from error
             raise
         self._held = plan.held_at_end
@@ -188,7 +191,11 @@ class PlannedForward:
 
     def tune(self, chosen: StepShape) -> None:
         """Take over the waves and the ring of a shape; the next pass begins with an empty belt."""
-        self.machine.executor.settle()
+        try:
+            self.machine.executor.settle()
+        except BaseException:
+            self._experts.give_up_reads()
+            raise
         self.machine = replace(self.machine, waves=chosen.waves, ring_slots=chosen.ring_slots)
         self._held = ()
 

@@ -1,7 +1,8 @@
 """Runs decoding steps over random tokens and keeps when each op ran: what traces are made of.
 
 Times do not depend on what the tokens say, except through routing, which random tokens make about
-uniform. Our own schedule is tuned on the costs of the first steps before the others are kept.
+uniform. Our own schedule is tuned before: by simulating at speeds that are set, or on the costs of
+the first steps, and then what that found is tried.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from specmoeoff.engine.forward import Span
 from specmoeoff.errors import DoesNotFitError
 from specmoeoff.offload.kv_cache import KvSequence
 from specmoeoff.pipeline.costs import Costs
-from specmoeoff.pipeline.tune import MEASURED_MARGIN, tuned
+from specmoeoff.pipeline.tune import tuned
 
 if TYPE_CHECKING:
     from specmoeoff.engine.planned_forward import PlannedForward
@@ -25,11 +26,13 @@ if TYPE_CHECKING:
 WARM_STEPS = 3
 """The first fills the ring and meets cold caches, the second is measured to tune on, and after that
 the ring is filled again."""
+TRIAL_STEPS = 3
+"""Steps in which a choice of waves and ring is tried; the fastest counts."""
 
 
 def longest(context: int, num_steps: int, verified: int = 1) -> int:
     """Return the most tokens that a sequence has while ``record`` runs."""
-    return context + WARM_STEPS + num_steps + verified - 1
+    return context + WARM_STEPS + max(num_steps, TRIAL_STEPS) + verified - 1
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,19 @@ class _Batch:
         self.next = [[token] for token in self._run(self._verified(), self.verified)]
         for sequence in self.sequences:
             self.forward.kv.truncate(sequence, sequence.length - self.verified + 1)
+
+    def tried(self, choice: StepShape) -> float:
+        """Return the seconds of a step with these waves and this ring; no token of it stays."""
+        lengths, following = [s.length for s in self.sequences], self.next
+        self.forward.tune(choice)
+        steps_s = []
+        for _ in range(1 + TRIAL_STEPS):
+            self.step()
+            steps_s.append(self.forward.steps[-1].timeline().step_s)
+        for sequence, length in zip(self.sequences, lengths, strict=True):
+            self.forward.kv.truncate(sequence, length)
+        self.next = following
+        return min(steps_s[1:])
 
     def free(self) -> None:
         """Give back the pages of all sequences."""
@@ -142,22 +158,31 @@ def record(
     forward.machine = set_speeds
     for _ in range(WARM_STEPS - 1):
         batch.step()
-    machine = forward.machine
-    machine.executor.settle()
-    shape = forward.shape_of(batch.spans())
-    if tunes and machine.schedule == "specmoeoff":
-        if machine.costs:
-            forward.tune(tuned(shape, machine.costs))
-        else:
-            measured = Costs.measured([step.timeline() for step in forward.steps])
-            forward.tune(tuned(shape, measured, MEASURED_MARGIN))
+    forward.machine.executor.settle()
+    if tunes and forward.machine.schedule == "specmoeoff":
+        forward.tune(_chosen(batch))
     batch.step()
     forward.keeps_steps, forward.steps = True, []
     for _ in range(num_steps):
         batch.step()
-    machine.executor.settle()
+    forward.machine.executor.settle()
     forward.keeps_steps = False
     timelines = tuple(step.timeline() for step in forward.steps)
     shape = forward.shape_of(batch.spans())
     batch.free()
     return Recording(shape, timelines, Costs.measured(timelines))
+
+
+def _chosen(batch: _Batch) -> StepShape:
+    """Return the waves and the ring that make our schedule's step shortest.
+
+    Measured costs say what each read took, not what it takes when fewer slots wait for one. So what
+    is simulated as the best has to be faster than the schedule's own choice when both are tried.
+    """
+    forward = batch.forward
+    shape = forward.shape_of(batch.spans())
+    if forward.machine.costs:
+        return tuned(shape, forward.machine.costs)
+    own = replace(shape, waves=1, ring_slots=None)
+    best = tuned(shape, Costs.measured([step.timeline() for step in forward.steps]))
+    return min((own, best), key=batch.tried) if best != own else own

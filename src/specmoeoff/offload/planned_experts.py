@@ -10,13 +10,15 @@ Knows bytes, slots and names of buffers. Knows nothing of tokens, models or time
 from __future__ import annotations
 
 import contextlib
+import math
+import time
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from specmoeoff.errors import StreamError
 from specmoeoff.offload.arena import Arena, round_up
-from specmoeoff.offload.reader import Read
+from specmoeoff.offload.reader import LOOK_S, Read
 from specmoeoff.pipeline.schedules.belt import KEPT
 
 if TYPE_CHECKING:
@@ -75,8 +77,10 @@ class PlannedExperts:
         self._resident: dict[Expert, int] = {}
         self._streamed: dict[Expert, int] = {}
         self._staged: dict[Expert, int] = {}
+        self._begun: dict[tuple[Expert, str], Read] = {}
+        """Reads into a buffer that were begun before their turn."""
         self._left_behind: list[Read] = []
-        """Reads of a fetch that failed."""
+        """Reads of a fetch that failed, or that nobody waits for any more."""
 
     # -- before the first step ---------------------------------------------------------------------
 
@@ -140,22 +144,55 @@ class PlannedExperts:
 
     # -- what ops do -------------------------------------------------------------------------------
 
+    def begin_read(self, expert: Expert, buffer: str) -> None:
+        """Begin what ``read`` will be asked for, as soon as its slot is free.
+
+        Then the disk has more than one expert to read and no pause between two. Whether it can be
+        read is for ``read`` to say.
+        """
+        if self._left_behind:
+            return  # whose slot this may be; read() waits for them
+        read = self._read_into(*self._target(buffer), expert)
+        with contextlib.suppress(StreamError):
+            self._reader.start(read)
+            self._begun[expert, buffer] = read
+
     def read(self, expert: Expert, buffer: str) -> None:
         """Bring an expert from disk into a slot where it is used, or of the host (``host slot 3``).
 
         Raises:
             StreamError: It could not be read.
         """
-        if buffer.startswith("host"):
-            assert self._host is not None
-            number = int(buffer.rpartition(" ")[2])
-            self._fetch(self._host, {expert: number})
-            self._staged[expert] = number
+        slots, slot = self._target(buffer)
+        begun = self._begun.pop((expert, buffer), None)
+        if begun is None:
+            self._fetch(slots, {expert: slot})
         else:
-            assert self._own is not None
-            slot = self._slot(buffer)
-            self._fetch(self._own, {expert: slot})
-            self._streamed[expert] = slot
+            self._wait_for([begun])
+        (self._staged if slots is self._host else self._streamed)[expert] = slot
+
+    def give_up_reads(self) -> None:
+        """Leave what was begun behind: the step that wanted it has failed."""
+        self._left_behind += self._begun.values()
+        self._begun.clear()
+
+    def let_land(self, seconds: float = math.inf) -> None:
+        """Wait for what was left behind in flight: its slots may be others' now.
+
+        Raises:
+            StreamError: It still is after so many seconds.
+        """
+        deadline = time.monotonic() + seconds
+        while self._left_behind:
+            read = self._left_behind[-1]
+            self._reader.fail_if_lost(read)
+            while not read.ends_within(min(deadline - time.monotonic(), LOOK_S)):
+                if time.monotonic() >= deadline:
+                    raise StreamError(
+                        f"reading {read.name} of an earlier step was given up and still runs; "
+                        "no step can start beside it"
+                    )
+            self._left_behind.pop()
 
     def load(self, expert: Expert, buffer: str) -> None:
         """Copy an expert from the host into a slot where it is used."""
@@ -174,6 +211,14 @@ class PlannedExperts:
         """Return the slot of a buffer: those that stay come first, then the ring, then extra."""
         name, _, number = buffer.rpartition(" ")
         return (self.fixed_slots if name == KEPT else len(self._resident)) + int(number)
+
+    def _target(self, buffer: str) -> tuple[_Slots, int]:
+        """Return where ``read`` puts an expert."""
+        if buffer.startswith("host"):
+            assert self._host is not None
+            return self._host, int(buffer.rpartition(" ")[2])
+        assert self._own is not None
+        return self._own, self._slot(buffer)
 
     def _layout(self, expert: Expert) -> ExpertLayout:
         layer, number = expert
@@ -195,27 +240,25 @@ class PlannedExperts:
 
     def _fetch(self, slots: _Slots, wanted: Mapping[Expert, int]) -> None:
         """Read experts into slots, all at once so that the disk's queue is never empty."""
-        self._let_land()
-        reads = [self._read_into(slots, expert, slot) for expert, slot in wanted.items()]
+        self.let_land()
+        reads = [self._read_into(slots, slot, expert) for expert, slot in wanted.items()]
         try:
             for read in reads:
                 self._reader.start(read)
+        except BaseException:
+            self._left_behind += reads
+            raise
+        self._wait_for(reads)
+
+    def _wait_for(self, reads: Sequence[Read]) -> None:
+        try:
             for read in reads:
                 read.wait()
         except BaseException:
             self._left_behind += reads
             raise
 
-    def _let_land(self) -> None:
-        """Wait for what a failure left in flight: its slots may be others' now."""
-        while self._left_behind:
-            read = self._left_behind[-1]
-            self._reader.fail_if_lost(read)
-            with contextlib.suppress(StreamError):
-                read.wait()
-            self._left_behind.pop()
-
-    def _read_into(self, slots: _Slots, expert: Expert, slot: int) -> Read:
+    def _read_into(self, slots: _Slots, slot: int, expert: Expert) -> Read:
         layout, view = self._layout(expert), slots.view(slot)
         buffers = [
             view[start : start + segment.num_bytes].data

@@ -71,6 +71,10 @@ class Read:
         """Whether wait() would raise at once."""
         return self._done.is_set() and self._error is not None
 
+    def ends_within(self, seconds: float) -> bool:
+        """Wait that long at most; return whether wait() would return at once."""
+        return self._done.wait(max(seconds, 0.0))
+
     def wait(self) -> None:
         """Block until every piece has arrived.
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from specmoeoff.pipeline.plan import Plan
 
 Perform = Callable[[Op, threading.Event], None]
+Begin = Callable[[Op], None]
+"""Told of an op as soon as all that it waits for has ended, maybe long before its lane gets to it;
+returns at once and never fails. What takes no lane's time can begin then, such as a read."""
 
 
 class Step(Protocol):
@@ -31,7 +34,7 @@ class Step(Protocol):
 class Executor(Protocol):
     """Runs plans, one at a time; each begins with the buffers that the last one ended with."""
 
-    def run(self, plan: Plan, perform: Perform) -> Step:
+    def run(self, plan: Plan, perform: Perform, begin: Begin | None = None) -> Step:
         """Run a step and return when its own ops have ended.
 
         Raises:
@@ -63,23 +66,23 @@ class FinishedStep:
 class SerialExecutor:
     """The slow twin of OverlappedExecutor."""
 
-    def run(self, plan: Plan, perform: Perform) -> FinishedStep:
-        """Run all ops, those for the next step included.
+    def run(self, plan: Plan, perform: Perform, begin: Begin | None = None) -> FinishedStep:
+        """Run all ops, those for the next step included; nothing begins before its turn.
 
         Raises:
             OpError: An op failed; those after it did not run.
         """
         stop = threading.Event()
-        begin = time.perf_counter()
+        begin_s = time.perf_counter()
         ran: dict[int, Ran] = {}
         for number, op in enumerate(plan.ops):
-            start_s = time.perf_counter() - begin
+            start_s = time.perf_counter() - begin_s
             try:
                 perform(op, stop)
             except Exception as error:
                 raise op_error(plan, number, error) from error
-            ran[number] = Ran(start_s, time.perf_counter() - begin)
-        return FinishedStep(Timeline(plan, ran, begin))
+            ran[number] = Ran(start_s, time.perf_counter() - begin_s)
+        return FinishedStep(Timeline(plan, ran, begin_s))
 
     def settle(self) -> None:
         """Nothing runs on."""

@@ -22,7 +22,7 @@ from specmoeoff.pipeline.plan import LANES, Lane, Op, Plan
 from specmoeoff.pipeline.timeline import Ran, Timeline
 
 if TYPE_CHECKING:
-    from specmoeoff.pipeline.executor import Perform
+    from specmoeoff.pipeline.executor import Begin, Perform
 
 GRACE_S = 1.5
 """How long what was told to stop is waited for; close() promises two seconds."""
@@ -55,10 +55,13 @@ class _Task:
 class OverlappedStep:
     """A step that runs or has run."""
 
-    def __init__(self, index: int, plan: Plan, perform: Perform, lock: threading.Lock) -> None:
+    def __init__(
+        self, index: int, plan: Plan, perform: Perform, begins: Begin | None, lock: threading.Lock
+    ) -> None:
         self.index = index
         self.plan = plan
         self.perform = perform
+        self.begins = begins
         self.stop = threading.Event()
         self.begin = time.perf_counter()
         self.left = sum(not op.ahead for op in plan.ops)
@@ -99,7 +102,7 @@ class OverlappedExecutor:
 
     # -- what the engine calls ---------------------------------------------------------------------
 
-    def run(self, plan: Plan, perform: Perform) -> OverlappedStep:
+    def run(self, plan: Plan, perform: Perform, begin: Begin | None = None) -> OverlappedStep:
         """Run a step and return when its own ops have ended; those for the next one may run on.
 
         Raises:
@@ -110,7 +113,7 @@ class OverlappedExecutor:
             if self._closed:
                 raise OpError("the executor was closed; no step can run any more")
             self._check_left_behind()
-            step = OverlappedStep(self._num_steps, plan, perform, self._lock)
+            step = OverlappedStep(self._num_steps, plan, perform, begin, self._lock)
             self._num_steps += 1
             try:
                 if self._error is None:
@@ -168,6 +171,8 @@ class OverlappedExecutor:
                 self._push(task)
 
     def _push(self, task: _Task) -> None:
+        if task.step.begins is not None:
+            task.step.begins(task.op)
         heapq.heappush(self._ready[task.op.lane], task)
         self._work[task.op.lane].notify()
 

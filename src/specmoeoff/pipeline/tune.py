@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     from specmoeoff.pipeline.plan import Plan
     from specmoeoff.pipeline.schedules.shape import StepShape
 
-MEASURED_MARGIN = 0.05
-"""What another choice than the schedule's own has to gain, simulated on measured costs. With a
-short ring a few experts less are read, but each read waits for a slot that was in use a moment ago:
-on a machine that takes longer than simulated (docs/pipeline.md has figures)."""
 STEPS = 3
 """Steps simulated; the first one starts with an empty ring and does not count."""
 
@@ -42,19 +38,9 @@ def steady_step_s(schedule: str, shape: StepShape, costs: Costs) -> float:
     return simulate_steps(steps_of(schedule, shape), costs)[-1].step_s
 
 
-def tuned(shape: StepShape, costs: Costs, margin: float = 0.0) -> StepShape:
-    """Return the shape with the waves and the ring that make our schedule's step shortest.
-
-    Args:
-        shape: The step.
-        costs: What to simulate on.
-        margin: The least gain for which the schedule's own ring and one wave are given up, as a
-            share of the step.
-    """
-    simulated = [(steady_step_s("specmoeoff", choice, costs), choice) for choice in _choices(shape)]
-    own_s, own = simulated[0]
-    best_s, best = min(simulated, key=lambda found: found[0])
-    return best if best_s < (1 - margin) * own_s else own
+def tuned(shape: StepShape, costs: Costs) -> StepShape:
+    """Return the shape with the waves and the ring that make our schedule's step shortest."""
+    return min(_choices(shape), key=lambda choice: steady_step_s("specmoeoff", choice, costs))
 
 
 def _choices(shape: StepShape) -> Iterator[StepShape]:

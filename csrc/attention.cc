@@ -58,8 +58,8 @@ struct Plan {
   }
 };
 
-// One item per sequence, up to `num_heads` KV heads and tile of rows. Of the sequences that are left
-// when all threads have had as many, each head is one: the threads then end together.
+// One item per sequence, up to `num_heads` KV heads and tile of rows. Of the sequences that are
+// left when all threads have had as many, each head is one: the threads then end together.
 void ListItems(const AttentionCall& call, int num_sequences, int num_heads, Plan& plan) {
   const int group = call.num_heads / call.num_kv_heads;
   plan.items.clear();

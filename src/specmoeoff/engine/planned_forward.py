@@ -136,7 +136,8 @@ class PlannedForward:
 
         Raises:
             DoesNotFitError: The device has no room for the activations of so many tokens.
-            StreamError: Weights could not be read. The next pass begins with an empty belt.
+            StreamError: Weights could not be read, or a read that an earlier pass gave up still
+                runs. The next pass begins with an empty belt.
             OpError: Any other failure of an op.
         """
         start = time.perf_counter()

@@ -152,10 +152,10 @@ class PlannedExperts:
         """
         if self._left_behind:
             return  # whose slot this may be; read() waits for them
-        read = self._read_into(*self._target(buffer), expert)
-        with contextlib.suppress(StreamError):
+        # Known before it starts: an interrupt in between must not leave a slot to a lost read.
+        read = self._begun[expert, buffer] = self._read_into(*self._target(buffer), expert)
+        with contextlib.suppress(StreamError):  # of a closed reader, which fails the read as well
             self._reader.start(read)
-            self._begun[expert, buffer] = read
 
     def read(self, expert: Expert, buffer: str) -> None:
         """Bring an expert from disk into a slot where it is used, or of the host (``host slot 3``).

@@ -351,6 +351,25 @@ def test_a_failure_of_what_nobody_wants_is_silent(
         run_pass(shelf, store)
 
 
+def test_a_read_ahead_that_fails_while_it_is_waited_for_is_asked_for_again(
+    shelf: Shelf, reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.preadv
+    bad = shelf.layouts[0][0].segments[0].offset
+    failures = [OSError(5, "Input/output error")]
+
+    def preadv(descriptor: int, into: list[memoryview], offset: int) -> int:
+        if offset == bad and failures:
+            _pause()  # until somebody waits
+            raise failures.pop()
+        return real(descriptor, into, offset)
+
+    monkeypatch.setattr(reader_module.os, "preadv", preadv)
+    store = make_store(shelf, 8, reader)
+    run_pass(shelf, store)
+    assert not failures
+
+
 # Interrupts ---------------------------------------------------------------------------------------
 
 

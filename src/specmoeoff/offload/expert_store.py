@@ -94,6 +94,8 @@ class ExpertStore:
         self._views: dict[int, tuple[int, Tensors]] = {}  # slot -> expert, tensors
         self._all: list[list[Tensors]] | None = None
         self._held: list[int] = []
+        self._demanded: set[int] = set()
+        """Experts that were asked for last because they were wanted, not ahead of that."""
         self._per_token = np.full(self._total, experts_per_token / self.num_experts)
         self._wanted = np.ones(self._total)
         self._cursor = 0
@@ -215,6 +217,7 @@ class ExpertStore:
                     break
                 missing.append((index, slot))
             covered += 1
+        self._demanded = {index for index, _ in missing}
         # Each urgent read goes to the front, so the first one wanted is submitted last.
         for index, slot in reversed(missing):
             self._submit(index, slot, urgent=True)
@@ -223,11 +226,19 @@ class ExpertStore:
 
     def _ready_run(self, pending: Sequence[int], covered: int) -> list[int]:
         """Wait for the first pending expert and return it with those after it that have arrived."""
-        self._wait(pending[0])
-        run = [pending[0]]
+        first = pending[0]
+        try:
+            self._wait(first)
+        except StreamError:
+            if first in self._demanded:
+                raise
+            # Fetched ahead, maybe before the file was put right: asked for once more.
+            self._ask_for([first])
+            self._wait(first)
+        run = [first]
         for index in pending[1:covered]:
             read = self._reads.get(index)
-            if read is not None and not read.is_done:
+            if read is not None and (not read.is_done or read.has_failed):
                 break
             self._wait(index)
             run.append(index)

@@ -12,6 +12,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness.cgroup_mounts import mounted_controller
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -24,8 +26,14 @@ def held_disk_rate(bytes_per_s: int, path: Path) -> Iterator[None]:
         SystemExit: There is no controller for it, or no right to use it.
     """
     disk = _disk_of(path)
+    mounted = mounted_controller("blkio", "io")
+    if mounted is None:
+        raise _unavailable("no controller of disk rates is mounted")
+    root, version = mounted
+    own = _own_group(root, "blkio" if version == 1 else "")
     try:
-        root, version = _controller()
+        if version == 2:
+            (root / "cgroup.subtree_control").write_text("+io")
         group = root / f"specmoeoff-{os.getpid()}"
         group.mkdir()
     except OSError as error:
@@ -43,8 +51,17 @@ def held_disk_rate(bytes_per_s: int, path: Path) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            _move(root)
+            _move(own)
         group.rmdir()
+
+
+def _own_group(root: Path, controller: str) -> Path:
+    """Return the group that this process is in; version 2 names no controller."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controller in controllers.split(","):
+            return root / group.lstrip("/")
+    return root
 
 
 def _move(group: Path) -> None:
@@ -61,19 +78,6 @@ def _disk_of(path: Path) -> str:
         return (device / "dev").read_text().strip()
     except OSError as error:
         raise _unavailable(f"{path} does not lie on a disk") from error
-
-
-def _controller() -> tuple[Path, int]:
-    mounts = [line.split()[1:4] for line in Path("/proc/self/mounts").read_text().splitlines()]
-    for point, kind, options in mounts:
-        if kind == "cgroup" and "blkio" in options.split(","):
-            return Path(point), 1
-    for point, kind, _ in mounts:
-        root = Path(point)
-        if kind == "cgroup2" and "io" in (root / "cgroup.controllers").read_text().split():
-            (root / "cgroup.subtree_control").write_text("+io")
-            return root, 2
-    raise OSError("no controller of disk rates is mounted")
 
 
 def _unavailable(reason: object) -> SystemExit:

@@ -9,11 +9,13 @@ import contextlib
 import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from harness.cgroup_mounts import mounted_controller
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
 _JOIN_AND_RUN = 'echo $$ >"$0" && exec "$@"'
 
@@ -53,7 +55,10 @@ def memory_cgroup(limit: int) -> Iterator[MemoryCgroup]:
     Raises:
         SystemExit: There is no memory controller, or no right to use it.
     """
-    root, version = _controller()
+    mounted = mounted_controller("memory", "memory")
+    if mounted is None:
+        raise _unavailable("no memory controller is mounted")
+    root, version = mounted
     group = MemoryCgroup(root / f"specmoeoff-{os.getpid()}-{time.monotonic_ns()}", version)
     try:
         if version == 2:
@@ -69,18 +74,6 @@ def memory_cgroup(limit: int) -> Iterator[MemoryCgroup]:
         yield group
     finally:
         _remove(group.path)
-
-
-def _controller() -> tuple[Path, int]:
-    mounts = [line.split()[1:4] for line in Path("/proc/self/mounts").read_text().splitlines()]
-    for point, kind, options in mounts:
-        if kind == "cgroup" and "memory" in options.split(","):
-            return Path(point), 1
-    for point, kind, _ in mounts:
-        controllers = Path(point) / "cgroup.controllers"
-        if kind == "cgroup2" and "memory" in controllers.read_text().split():
-            return Path(point), 2
-    raise _unavailable("no memory controller is mounted")
 
 
 def _enable_memory(root: Path) -> None:

@@ -133,36 +133,33 @@ SPECMOEOFF_INLINE float ReduceMax(Vec v) {
   return _mm_cvtss_f32(_mm_max_ss(c, _mm_shuffle_ps(c, c, 1)));
 }
 
-// Steps of ReduceAdd for two vectors at once: every lane gets its own vector's lane so many
-// further. Since additions commute one shuffle does for both; a's sums and b's then alternate.
-SPECMOEOFF_INLINE Vec Fold8(Vec a, Vec b) {
-  return _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a, b), _mm512_shuffle_f32x4(a, b, 0x4e));
+// Steps of ReduceAdd for two vectors at once, each two shuffles and their sum: of masked moves,
+// which could take the place of one, every third takes a multiply-add's turn.
+SPECMOEOFF_INLINE Vec Fold8(Vec a, Vec b) {  // quarters a, a, b, b
+  return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
 }
-SPECMOEOFF_INLINE Vec Fold4(Vec a, Vec b) {
-  const Vec others = _mm512_mask_blend_ps(0xf0f0, b, a);
-  return _mm512_add_ps(_mm512_mask_blend_ps(0xf0f0, a, b),
-                       _mm512_shuffle_f32x4(others, others, 0xb1));
+SPECMOEOFF_INLINE Vec Fold4(Vec a, Vec b) {  // quarters of a's vectors, then of b's
+  return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
 }
-SPECMOEOFF_INLINE Vec Fold2(Vec a, Vec b) {
-  return _mm512_add_ps(_mm512_mask_blend_ps(0xcccc, a, b), _mm512_shuffle_ps(a, b, 0x4e));
+SPECMOEOFF_INLINE Vec Fold2(Vec a, Vec b) {  // in each quarter a, a, b, b
+  return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
 }
-SPECMOEOFF_INLINE Vec Fold1(Vec a, Vec b) {
-  const Vec others = _mm512_mask_blend_ps(0xaaaa, b, a);
-  return _mm512_add_ps(_mm512_mask_blend_ps(0xaaaa, a, b), _mm512_permute_ps(others, 0xb1));
+SPECMOEOFF_INLINE Vec Fold1(Vec a, Vec b) {  // in each quarter a's two, then b's
+  return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
 }
 
-// sums[i] = ReduceAdd(v[i]) for i in [0, 4 kRows), kRows 1 to 4: half the shuffles.
+// Lane i is ReduceAdd(v[i]) for i in [0, 4 kRows), kRows 1 to 4: half the shuffles.
 template <int kRows>
-SPECMOEOFF_INLINE void ReduceAddFours(const Vec* v, float* sums) {
-  Vec four[kRows];
+SPECMOEOFF_INLINE Vec ReduceAddFours(const Vec* v) {
+  Vec four[kRows];  // a quarter per vector
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r) {
     four[r] = Fold4(Fold8(v[4 * r], v[4 * r + 1]), Fold8(v[4 * r + 2], v[4 * r + 3]));
   }
   const Vec low = Fold2(four[0], four[kRows > 1 ? 1 : 0]);
   const Vec high = kRows > 2 ? Fold2(four[kRows > 2 ? 2 : 0], four[kRows - 1]) : low;
-  const __m512i order = _mm512_set_epi32(15, 7, 11, 3, 13, 5, 9, 1, 14, 6, 10, 2, 12, 4, 8, 0);
-  StorePartial(sums, _mm512_permutexvar_ps(order, Fold1(low, high)), 4 * kRows);
+  const __m512i transpose = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+  return _mm512_permutexvar_ps(transpose, Fold1(low, high));
 }
 
 }  // namespace avx512

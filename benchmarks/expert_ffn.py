@@ -100,7 +100,7 @@ class Layer:
 
         return {
             **{form: ours(form, "float32") for form in self.experts},
-            ROUNDED: ours("bf16", "bfloat16"),
+            **{ROUNDED[form]: ours(form, "bfloat16") for form in self.experts},
             TORCH_BF16: theirs(torch.from_numpy(x).bfloat16(), self.halves),
             TORCH_F32: theirs(torch.from_numpy(x), self.wide),
         }

@@ -59,11 +59,10 @@ class Weights:
         def rounded(weight: Weight) -> None:
             kernels.linear(x, weight, out=out, activations="bfloat16")
 
-        calls = {
-            name: Call(rotating(ours, weights), weights[0].nbytes)
-            for name, weights in self.forms.items()
-        }
-        calls[ROUNDED] = Call(rotating(rounded, self.forms["bf16"]), 2 * n * k)
+        calls = {}
+        for name, weights in self.forms.items():
+            calls[name] = Call(rotating(ours, weights), weights[0].nbytes)
+            calls[ROUNDED[name]] = Call(rotating(rounded, weights), weights[0].nbytes)
         calls[TORCH_BF16] = Call(rotating(lambda w: theirs(x_half, w), self.halves), 2 * n * k)
         calls[TORCH_F32] = Call(rotating(lambda w: theirs(x_wide, w), self.wide), 4 * n * k)
         return calls

@@ -70,7 +70,7 @@ class ExpertRun {
     down_columns_ = PieceColumns(width_, experts[0].down.row_bytes());
     for (int64_t e = 0; e < num_experts; ++e) {
       const int64_t total = offsets[e + 1] - offsets[e];
-      const LinearKernels& kernels = CurrentLinear(activations_, CommonForm(experts[e]));
+      const LinearKernels& kernels = CurrentLinear(activations_, FormOfAll(experts[e]));
       const int64_t chunk = ChunkRows(total, floats_per_row, kScratchFloats, kernels.tile_rows);
       for (int64_t first = 0; first < total; first += chunk) {
         Unit unit{};
@@ -101,8 +101,8 @@ class ExpertRun {
     num_pieces_ += pieces;
   }
 
-  static WeightForm CommonForm(const Expert& expert) {
-    return std::min({FormOf(expert.gate.kind), FormOf(expert.up.kind), FormOf(expert.down.kind)});
+  static WeightForm FormOfAll(const Expert& expert) {
+    return CommonForm(CommonForm(FormOf(expert.gate), FormOf(expert.up)), FormOf(expert.down));
   }
 
   static int64_t Pieces(int64_t size, int64_t each) { return (size + each - 1) / each; }

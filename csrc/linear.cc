@@ -17,19 +17,42 @@ constexpr int64_t kPackFloats = 16 << 10;  // packed per piece; less is not wort
 
 }  // namespace
 
+WeightForm FormOf(const Weight& weight) {
+  switch (weight.kind) {
+    case WeightKind::kBfloat16:
+      return WeightForm::kPlainBfloat16;
+    case WeightKind::kPackedBfloat16:
+      return WeightForm::kBfloat16;
+    case WeightKind::kInt8:
+      return weight.group == weight.k || weight.group % 32 == 0 ? WeightForm::kInt8
+                                                                : WeightForm::kAny;
+    case WeightKind::kInt4:
+      return WeightForm::kInt4;
+    default:
+      return WeightForm::kAny;
+  }
+}
+
+WeightForm CommonForm(WeightForm a, WeightForm b) {
+  if (a == b) return a;
+  return std::min(a, b) >= WeightForm::kInt8 ? std::min(a, b) : WeightForm::kAny;
+}
+
 const LinearKernels& CurrentLinear(Activations activations, WeightForm form) {
-  const bool is_bfloat16 = form != WeightForm::kAny;
+  const bool is_bfloat16 = form >= WeightForm::kBfloat16;
   if (activations == Activations::kFloat32) {
     return Select(
         &kLinearScalar,
         is_bfloat16 ? SPECMOEOFF_IF_X86(&kLinearAvx2Bf16) : SPECMOEOFF_IF_X86(&kLinearAvx2),
         SPECMOEOFF_IF_X86(&kLinearAvx512));
   }
+  const LinearKernels* pairs = SPECMOEOFF_IF_X86(&kLinearAvx512Bf16);
+  if (form == WeightForm::kInt4) pairs = SPECMOEOFF_IF_X86(&kLinearAvx512Bf16Int4);
+  if (form == WeightForm::kAny) pairs = nullptr;
   return Select(&kLinearRoundedScalar,
                 is_bfloat16 ? SPECMOEOFF_IF_X86(&kLinearRoundedAvx2Bf16)
                             : SPECMOEOFF_IF_X86(&kLinearRoundedAvx2),
-                SPECMOEOFF_IF_X86(&kLinearRoundedAvx512), nullptr,
-                is_bfloat16 ? SPECMOEOFF_IF_X86(&kLinearAvx512Bf16) : nullptr,
+                SPECMOEOFF_IF_X86(&kLinearRoundedAvx512), nullptr, pairs,
                 form == WeightForm::kPlainBfloat16 ? SPECMOEOFF_IF_X86(&kLinearAmx) : nullptr);
 }
 
@@ -68,9 +91,10 @@ template <class F>
 void ForPieces(const float* x, int64_t rows, const LinearOperand* operands, int64_t num_operands,
                Activations activations, F f) {
   if (rows == 0) return;
-  const Weight& like = *operands[0].weight;
-  const LinearKernels& kernels = CurrentLinear(activations, FormOf(like.kind));
-  const int64_t k = like.k, depth = RoundUp(k, 16);
+  WeightForm form = FormOf(*operands[0].weight);
+  for (int64_t i = 1; i < num_operands; ++i) form = CommonForm(form, FormOf(*operands[i].weight));
+  const LinearKernels& kernels = CurrentLinear(activations, form);
+  const int64_t k = operands[0].weight->k, depth = RoundUp(k, 16);
   const int64_t chunk = ChunkRows(rows, depth, kPackedFloats, kernels.tile_rows);
   const int64_t threads = NumThreads();
   Part parts[kMostOperands];

@@ -10,13 +10,16 @@
 // stride. For bfloat16 weights AVX2 has of each 16 those of even k first; the sums are the same.
 //
 // Activations may be rounded to bfloat16 as they are packed. They stay float32 and the order is the
-// one above, except for bfloat16 weights on a CPU that multiplies bfloat16 itself: there packing
-// keeps bfloat16, 32 elements in place of 16, and partial j takes the pairs (2 j, 2 j + 1) mod 32
-// in rising order, by an instruction that adds the odd product, then the even one, each with one
-// rounding, denormals taken as zero; then the partials as above. AMX has its own order again: a sum
-// takes 32 elements at a time, in rising order, and each time what its instruction makes of them.
-// So bits differ between such a target and the others, but still depend on a row and its weights
-// alone. AMX packs its own way too, see linear_amx.cc.
+// one above, except on a CPU that multiplies bfloat16 itself, for weights of bfloat16, int8 with a
+// scale per row or per multiple of 32, and int4: there packing keeps bfloat16, 32 elements in place
+// of 16, and partial j takes the pairs (2 j, 2 j + 1) mod 32 in rising order, by an instruction
+// that adds the odd product, then the even one, each with one rounding, denormals taken as zero;
+// then the partials as above. Integers with scales per group are multiplied as they are: partial j
+// of each 32 starts from zero and is added to the row's with a multiply-add by the scale. Of int4
+// the pairs are those of even elements of each 16, then those of odd ones. AMX has its own order
+// again: a sum takes 32 elements at a time, in rising order, and each time what its instruction
+// makes of them. So bits differ between such a target and the others, but still depend on a row and
+// its weights alone. AMX packs its own way too, see linear_amx.cc.
 #pragma once
 
 #include <cstddef>
@@ -70,19 +73,20 @@ extern const LinearKernels kLinearRoundedAvx512;
 // For bfloat16 weights only, packed ones too.
 extern const LinearKernels kLinearAvx2Bf16;
 extern const LinearKernels kLinearRoundedAvx2Bf16;
+// The same and int8 with a scale per row or per groups of whole runs of 32; and int4.
 extern const LinearKernels kLinearAvx512Bf16;
+extern const LinearKernels kLinearAvx512Bf16Int4;
 // For plain bfloat16 weights only.
 extern const LinearKernels kLinearAmx;
 
 enum class Activations { kFloat32, kBfloat16 };
 
 // What all weights have in common that one packed form of activations is to be multiplied with.
-enum class WeightForm { kAny, kBfloat16, kPlainBfloat16 };
+// From kInt8 on the lower of two forms is what both have in common; otherwise it is kAny.
+enum class WeightForm { kAny, kInt4, kInt8, kBfloat16, kPlainBfloat16 };
 
-inline WeightForm FormOf(WeightKind kind) {
-  if (kind == WeightKind::kBfloat16) return WeightForm::kPlainBfloat16;
-  return kind == WeightKind::kPackedBfloat16 ? WeightForm::kBfloat16 : WeightForm::kAny;
-}
+WeightForm FormOf(const Weight& weight);
+WeightForm CommonForm(WeightForm a, WeightForm b);
 
 // The kernels that run now, for weights of that form.
 const LinearKernels& CurrentLinear(Activations activations, WeightForm form);

@@ -4,4 +4,5 @@
 
 namespace specmoeoff {
 const LinearKernels kLinearAvx512Bf16 = avx512::kPairKernels;
+const LinearKernels kLinearAvx512Bf16Int4 = avx512::kNibblePairKernels;
 }  // namespace specmoeoff

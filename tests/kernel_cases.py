@@ -36,7 +36,8 @@ def on_each_target(compute: Callable[[], np.ndarray]) -> np.ndarray:
 def make_weight(rng: np.random.Generator, n: int, k: int, kind: str = "bfloat16") -> Weight:
     """Return a random matrix: ``float32``, ``float16``, ``bfloat16``, ``int8`` or ``int8/GROUP``.
 
-    A group that does not divide k becomes one for each row.
+    Or ``int4/GROUP``, whose group divides k. A group of int8 that does not becomes one for each
+    row.
     """
     w = rng.standard_normal((n, k)).astype(np.float32)
     if kind == "bfloat16":
@@ -44,6 +45,8 @@ def make_weight(rng: np.random.Generator, n: int, k: int, kind: str = "bfloat16"
     if kind.startswith("int8"):
         group = int(kind.partition("/")[2] or k)
         return reference.quantize_int8(w, group if k % group == 0 else None)
+    if kind.startswith("int4"):
+        return reference.quantize_int4(w, int(kind.partition("/")[2]))
     return w.astype(kind)
 
 

@@ -132,8 +132,8 @@ def linear(
 
     With an ``Int8DotWeight`` x is rounded first, whatever ``activations`` says; results are
     specified to the last bit. Otherwise "bfloat16" rounds x to nearest even first. With weights of
-    bfloat16 too, a target that multiplies pairs of bfloat16 may take denormals (of operands,
-    products and sums) as zero.
+    bfloat16, int8 or int4 a target that multiplies pairs of bfloat16 may take denormals (of
+    operands, products and sums) as zero.
     """
     if isinstance(weight, Int8DotWeight):
         y = _int8_dot(x, weight)

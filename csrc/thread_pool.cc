@@ -19,6 +19,12 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 constexpr auto kSpin = std::chrono::microseconds(30);
+// How long a thread that waits for others sleeps at a time, to look after them in between, and with
+// how much CPU time in that time they are taken to have had none.
+constexpr auto kNap = std::chrono::microseconds(100);
+constexpr auto kNoCpu = kNap / 4;
+constexpr auto kStep = kNap / 5;  // of a nap that nobody ends
+constexpr int kMostWatched = 64;
 
 inline void Pause() {
 #if defined(__x86_64__)
@@ -39,13 +45,113 @@ bool SpinFor(Ready ready) {
   }
 }
 
+#if defined(__linux__)
+int CurrentCpu() { return sched_getcpu(); }
+
+using CpuSet = cpu_set_t;
+CpuSet AllowedCpus() {
+  CpuSet set;
+  if (sched_getaffinity(0, sizeof(set), &set) != 0) CPU_ZERO(&set);
+  return set;
+}
+
+// A thread of the pool, as the others see it.
+class Worker {
+ public:
+  // Has a piece and is not waiting for others.
+  std::atomic<bool> computes{false};
+
+  void Start(std::thread thread) { thread_ = std::move(thread); }
+  void Join() { thread_.join(); }
+
+  std::chrono::nanoseconds CpuTime() {
+    clockid_t clock;
+    timespec time{};
+    if (pthread_getcpuclockid(thread_.native_handle(), &clock) == 0) clock_gettime(clock, &time);
+    return std::chrono::seconds(time.tv_sec) + std::chrono::nanoseconds(time.tv_nsec);
+  }
+
+  void MoveTo(int cpu, const CpuSet& allowed) {
+    if (!CPU_ISSET(cpu, &allowed)) return;
+    CpuSet only;
+    CPU_ZERO(&only);
+    CPU_SET(cpu, &only);
+    Visit(only, allowed);
+  }
+
+  void MoveAwayFrom(int cpu, const CpuSet& allowed) {
+    CpuSet others = allowed;
+    CPU_CLR(cpu, &others);
+    Visit(others, allowed);
+  }
+
+ private:
+  // The scheduler moves a thread at once when it must; afterwards it may move it as before.
+  void Visit(const CpuSet& there, const CpuSet& allowed) {
+    const pthread_t thread = thread_.native_handle();
+    if (pthread_setaffinity_np(thread, sizeof(there), &there) != 0) return;
+    pthread_setaffinity_np(thread, sizeof(allowed), &allowed);
+  }
+
+  std::thread thread_;
+};
+#else
+// Elsewhere threads are left to the scheduler.
+int CurrentCpu() { return -1; }
+
+struct CpuSet {};
+CpuSet AllowedCpus() { return {}; }
+
+class Worker {
+ public:
+  std::atomic<bool> computes{false};
+  void Start(std::thread thread) { thread_ = std::move(thread); }
+  void Join() { thread_.join(); }
+  std::chrono::nanoseconds CpuTime() { return {}; }
+  void MoveTo(int, const CpuSet&) {}
+  void MoveAwayFrom(int, const CpuSet&) {}
+
+ private:
+  std::thread thread_;
+};
+#endif
+
 thread_local bool inside_piece = false;
+thread_local Worker* this_worker = nullptr;  // null in callers
+
+int AvailableCpus() {
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) return CPU_COUNT(&set);
+#endif
+  const unsigned n = std::thread::hardware_concurrency();
+  return n ? static_cast<int>(n) : 1;
+}
 
 class Pool {
  public:
   explicit Pool(int num_threads) { Start(num_threads); }
 
   int size() const { return num_threads_.load(std::memory_order_relaxed); }
+
+  // Calls sleep(), which leaves this CPU to others for kNap. A worker that should have computed
+  // meanwhile and had no CPU has lost its own to a neighbour: it gets this one, which does nothing.
+  template <class Sleep>
+  void LookAfter(Sleep sleep) {
+    const size_t watched = watches_ ? std::min<size_t>(workers_.size(), kMostWatched) : 0;
+    std::chrono::nanoseconds before[kMostWatched];
+    for (size_t i = 0; i < watched; ++i) before[i] = workers_[i]->CpuTime();
+    const bool computes = this_worker && this_worker->computes.load(std::memory_order_relaxed);
+    SetComputes(false);
+    sleep();
+    SetComputes(computes);
+    const int cpu = CurrentCpu();
+    for (size_t i = 0; i < watched; ++i) {
+      Worker& worker = *workers_[i];
+      if (&worker == this_worker || !worker.computes.load(std::memory_order_relaxed)) continue;
+      if (worker.CpuTime() - before[i] < kNoCpu) worker.MoveTo(cpu, allowed_);
+    }
+  }
 
   void Resize(int num_threads) {
     std::lock_guard<std::mutex> turn(turn_);
@@ -95,7 +201,9 @@ class Pool {
     if (!SpinFor(finished)) {
       std::unique_lock<std::mutex> lock(mutex_);
       caller_waits_.store(true, std::memory_order_seq_cst);
-      finished_.wait(lock, finished);
+      while (!finished()) {
+        LookAfter([&] { finished_.wait_for(lock, kNap, finished); });
+      }
       caller_waits_.store(false, std::memory_order_relaxed);
     }
   }
@@ -106,17 +214,27 @@ class Pool {
     return (tickets & kCountMask) < (tickets >> kCountBits & kCountMask);
   }
 
+  // Whether a call's pieces have all been taken, but not all are done.
+  bool IsRunning() const {
+    const uint64_t tickets = tickets_.load(std::memory_order_seq_cst);
+    const auto count = static_cast<int64_t>(tickets >> kCountBits & kCountMask);
+    return completed_.load(std::memory_order_seq_cst) < count;
+  }
+
   bool HasPiece() const { return HasPiece(tickets_.load(std::memory_order_seq_cst)); }
 
   void Work() {
     for (;;) {
+      KeepApart();
       uint64_t tickets = tickets_.load(std::memory_order_acquire);
       if (!HasPiece(tickets)) return;
       if (!tickets_.compare_exchange_weak(tickets, tickets + 1, std::memory_order_acq_rel))
         continue;
       // Holding a piece, we keep its call from returning: what describes the call stays.
       const auto count = static_cast<int64_t>(tickets >> kCountBits & kCountMask);
+      SetComputes(true);
       f_(context_, first_ + static_cast<int64_t>(tickets & kCountMask));
+      SetComputes(false);
       if (completed_.fetch_add(1, std::memory_order_seq_cst) + 1 == count &&
           caller_waits_.load(std::memory_order_seq_cst)) {
         // The caller may be between its last look and its sleep; the lock orders us after it.
@@ -126,10 +244,28 @@ class Pool {
     }
   }
 
+  static void SetComputes(bool computes) {
+    if (this_worker) this_worker->computes.store(computes, std::memory_order_relaxed);
+  }
+
+  // To a scheduler two of ours on one CPU and a neighbour's thread on the other are as even as one
+  // of ours on each; to us they are a core less. So workers leave the CPU that the caller is on.
+  void KeepApart() {
+    const int cpu = CurrentCpu();
+    if (!this_worker) {
+      caller_cpu_.store(cpu, std::memory_order_relaxed);
+    } else if (watches_ && cpu == caller_cpu_.load(std::memory_order_relaxed)) {
+      this_worker->MoveAwayFrom(cpu, allowed_);
+    }
+  }
+
   void Start(int num_threads) {
     stop_ = false;
-    for (int i = 1; i < num_threads; ++i) {
-      workers_.emplace_back([this] { Loop(); });
+    allowed_ = AllowedCpus();
+    watches_ = num_threads <= AvailableCpus();
+    for (int i = 1; i < num_threads; ++i) workers_.push_back(std::make_unique<Worker>());
+    for (const auto& worker : workers_) {
+      worker->Start(std::thread([this, it = worker.get()] { Loop(it); }));
     }
     num_threads_.store(num_threads, std::memory_order_relaxed);
   }
@@ -140,17 +276,22 @@ class Pool {
       stop_ = true;
       wake_.notify_all();
     }
-    for (std::thread& worker : workers_) worker.join();
+    for (const auto& worker : workers_) worker->Join();
     workers_.clear();
   }
 
-  void Loop() {
+  void Loop(Worker* self) {
     inside_piece = true;
+    this_worker = self;
     for (;;) {
       if (!SpinFor([this] { return HasPiece(); })) {
         std::unique_lock<std::mutex> lock(mutex_);
         sleeping_.fetch_add(1, std::memory_order_seq_cst);
-        wake_.wait(lock, [this] { return HasPiece() || stop_; });
+        const auto wanted = [this] { return HasPiece() || stop_; };
+        // While others compute this CPU falls idle again and again: then it looks for who waits for
+        // one, which may be the caller.
+        while (!wanted() && IsRunning()) wake_.wait_for(lock, kNap, wanted);
+        wake_.wait(lock, wanted);
         sleeping_.fetch_sub(1, std::memory_order_seq_cst);
         if (stop_) return;
       }
@@ -169,6 +310,7 @@ class Pool {
   uint64_t epoch_ = 0;
   alignas(64) std::atomic<uint64_t> tickets_{0};
   alignas(64) std::atomic<int64_t> completed_{0};
+  std::atomic<int> caller_cpu_{-1};
   std::atomic<int> sleeping_{0};
   std::atomic<int> num_threads_{1};
   std::mutex mutex_;
@@ -176,17 +318,10 @@ class Pool {
   std::condition_variable finished_;
   std::atomic<bool> caller_waits_{false};
   bool stop_ = false;
-  std::vector<std::thread> workers_;
+  CpuSet allowed_;
+  bool watches_ = false;  // there is a CPU for each thread
+  std::vector<std::unique_ptr<Worker>> workers_;
 };
-
-int AvailableCpus() {
-#if defined(__linux__)
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof(set), &set) == 0) return CPU_COUNT(&set);
-#endif
-  const unsigned n = std::thread::hardware_concurrency();
-  return n ? static_cast<int>(n) : 1;
-}
 
 // Never destroyed: at interpreter exit its threads sleep, and the process ends them.
 Pool& ThePool() {
@@ -228,8 +363,13 @@ void ParallelFor(int64_t count, PieceFunction f, void* context) {
 void WaitUntilAtLeast(const int64_t* done, int64_t wanted) {
   const auto ready = [=] { return __atomic_load_n(done, __ATOMIC_ACQUIRE) >= wanted; };
   if (SpinFor(ready)) return;
-  // Rare: the thread we wait for has lost its core. Leave ours to whoever needs it.
-  while (!ready()) std::this_thread::sleep_for(std::chrono::microseconds(20));
+  // Rare: the thread we wait for has lost its core.
+  const auto sleep = [&] {
+    for (auto slept = kStep - kStep; slept < kNap && !ready(); slept += kStep) {
+      std::this_thread::sleep_for(kStep);
+    }
+  };
+  while (!ready()) ThePool().LookAfter(sleep);
 }
 
 void* ThreadScratch(size_t bytes) {

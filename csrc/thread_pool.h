@@ -1,6 +1,9 @@
 // The one pool of compute threads. The caller works too; pieces are handed out by a counter; a
 // thread with nothing to do spins for some tens of microseconds and then sleeps.
 //
+// Beside a busy neighbour, on Linux: workers stay off the caller's CPU, and one that lost its CPU
+// while it holds a piece gets that of a thread that waits for it. Affinities are as before after.
+//
 // Safe to call from several threads at once (calls take turns) and from inside a piece of work
 // (runs inline on the calling thread).
 #pragma once

@@ -52,6 +52,29 @@ def test_two_threads_call_at_once_and_both_are_right() -> None:
     assert wrong == []
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_busy_neighbours_leave_results_and_affinities_alone() -> None:
+    """Workers that find themselves on the caller's CPU move, and may come back later."""
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((64, 576)).astype(np.float32)
+    weight = rng.standard_normal((1536, 576)).astype(np.float32)
+    cpus = sorted(os.sched_getaffinity(0))
+    kernels.set_num_threads(len(cpus))
+    want = kernels.linear(x, weight)
+    neighbours = [
+        subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"]) for _ in cpus[1:]
+    ]
+    try:
+        for _ in range(200):
+            assert np.array_equal(kernels.linear(x, weight), want)
+    finally:
+        for neighbour in neighbours:
+            neighbour.kill()
+            neighbour.wait()
+    for thread in os.listdir("/proc/self/task"):
+        assert sorted(os.sched_getaffinity(int(thread))) == cpus
+
+
 def test_the_number_of_threads_can_change() -> None:
     x, w = np.ones((3, 64), np.float32), np.ones((256, 64), np.float32)
     for n in (1, 5, 2, 3):

@@ -47,7 +47,7 @@ amx: build
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps --upgrade --target build/amx-site \
 	  -Cbuild-dir=build/amx -Ccmake.define.SPECMOEOFF_EMULATE_AMX=ON .
 	PYTHONPATH=build/amx-site:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
-	  $(BIN)/python -S -m pytest -p no:cacheprovider -p no:faulthandler tests/test_kernels_bf16.py
+	  $(BIN)/python -S -m pytest -p no:cacheprovider -p no:faulthandler tests/test_kernels_bf16*.py
 
 $(VENV)/.created:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -9,11 +9,13 @@
 namespace specmoeoff {
 namespace {
 
-// outs[i] = x @ matrices[i]^T, in one call where the matrices are of one kind.
+// outs[i] = x @ matrices[i]^T, in one call where the matrices are of one kind and form.
 void Multiply(const float* x, int64_t rows, const Matrix* const* matrices, int64_t count,
               float* const* outs, Activations activations) {
   const auto can_share = [&](const Matrix* matrix) {
-    return !matrix->is_int8_dot() && matrix->weight.kind == matrices[0]->weight.kind;
+    const Weight& first = matrices[0]->weight;
+    return !matrix->is_int8_dot() && matrix->weight.kind == first.kind &&
+           FormOf(matrix->weight) == FormOf(first);
   };
   if (std::all_of(matrices, matrices + count, can_share)) {
     LinearOperand operands[kMostOperands];

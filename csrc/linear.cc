@@ -85,16 +85,15 @@ struct Part {
 };
 
 // Packs the rows, as many at once as fit, and calls f(product, index of its operand, first row) for
-// pieces of columns of all operands; f says where the results go. The operands have one inner size
-// and one kind.
+// pieces of columns of all operands; f says where the results go. The operands have one inner size,
+// one kind and one form.
 template <class F>
 void ForPieces(const float* x, int64_t rows, const LinearOperand* operands, int64_t num_operands,
                Activations activations, F f) {
   if (rows == 0) return;
-  WeightForm form = FormOf(*operands[0].weight);
-  for (int64_t i = 1; i < num_operands; ++i) form = CommonForm(form, FormOf(*operands[i].weight));
-  const LinearKernels& kernels = CurrentLinear(activations, form);
-  const int64_t k = operands[0].weight->k, depth = RoundUp(k, 16);
+  const Weight& like = *operands[0].weight;
+  const LinearKernels& kernels = CurrentLinear(activations, FormOf(like));
+  const int64_t k = like.k, depth = RoundUp(k, 16);
   const int64_t chunk = ChunkRows(rows, depth, kPackedFloats, kernels.tile_rows);
   const int64_t threads = NumThreads();
   Part parts[kMostOperands];

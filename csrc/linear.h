@@ -73,8 +73,9 @@ extern const LinearKernels kLinearRoundedAvx512;
 // For bfloat16 weights only, packed ones too.
 extern const LinearKernels kLinearAvx2Bf16;
 extern const LinearKernels kLinearRoundedAvx2Bf16;
-// The same and int8 with a scale per row or per groups of whole runs of 32; and int4.
+// The same and int8 with a scale per row or per groups of whole runs of 32.
 extern const LinearKernels kLinearAvx512Bf16;
+// For int4 only.
 extern const LinearKernels kLinearAvx512Bf16Int4;
 // For plain bfloat16 weights only.
 extern const LinearKernels kLinearAmx;
@@ -82,7 +83,7 @@ extern const LinearKernels kLinearAmx;
 enum class Activations { kFloat32, kBfloat16 };
 
 // What all weights have in common that one packed form of activations is to be multiplied with.
-// From kInt8 on the lower of two forms is what both have in common; otherwise it is kAny.
+// Two forms from kInt8 on have the lower one in common, others that differ have kAny.
 enum class WeightForm { kAny, kInt4, kInt8, kBfloat16, kPlainBfloat16 };
 
 WeightForm FormOf(const Weight& weight);
@@ -108,7 +109,7 @@ struct LinearOperand {
 };
 
 // outs[i] [rows, weight.n] = x [rows, weight.k] @ weight^T + bias for each operand, at most
-// kMostOperands of one inner size and kind.
+// kMostOperands of one inner size, kind and form.
 void Linear(const float* x, int64_t rows, const LinearOperand* operands, int64_t num_operands,
             float* const* outs, Activations activations);
 

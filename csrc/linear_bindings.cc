@@ -28,7 +28,7 @@ void LinearCall(nb::handle x, nb::handle weight, nb::handle bias, nb::handle out
   Linear(in.x.data<float>(), in.rows(), &operand, 1, &y, ActivationsOf(bfloat16));
 }
 
-// All of equal kind, which is what makes one packed form of x do for all.
+// All of one kind and form, so that one packed form of x does for all.
 void LinearManyCall(nb::handle x_object, nb::sequence weights, nb::sequence biases,
                     nb::sequence outs, bool bfloat16) {
   const Array x(x_object, "x", {Dtype::kFloat32}, 2);
@@ -49,6 +49,9 @@ void LinearManyCall(nb::handle x_object, nb::sequence weights, nb::sequence bias
     const WeightArgument& weight = kept.emplace_back(nb::object(weights[i]), "weights" + at);
     if (weight->kind != kept[0]->kind) {
       throw nb::type_error(("weights" + at + " differs in dtype from weights[0]").c_str());
+    }
+    if (FormOf(*weight) != FormOf(*kept[0])) {
+      throw nb::value_error(("weights" + at + " has groups unlike those of weights[0]").c_str());
     }
     RequireShape(x, "x", {x.dim(0), weight->k});
     const float* bias = nullptr;

@@ -19,12 +19,11 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 constexpr auto kSpin = std::chrono::microseconds(30);
-// How long a thread that waits for others sleeps at a time, to look after them in between, and with
-// how much CPU time in that time they are taken to have had none.
+// How long a thread that waits for others sleeps at a time, to look after them in between. Of a nap
+// that nobody ends it looks several times whether it still has to wait.
 constexpr auto kNap = std::chrono::microseconds(100);
-constexpr auto kNoCpu = kNap / 4;
-constexpr auto kStep = kNap / 5;  // of a nap that nobody ends
-constexpr int kMostWatched = 64;
+constexpr auto kStep = kNap / 5;
+constexpr int kMostWatched = 64;  // workers; those beyond are left to the scheduler
 
 inline void Pause() {
 #if defined(__x86_64__)
@@ -58,8 +57,8 @@ CpuSet AllowedCpus() {
 // A thread of the pool, as the others see it.
 class Worker {
  public:
-  // Has a piece and is not waiting for others.
-  std::atomic<bool> computes{false};
+  // Odd while it has a piece and is not waiting for others; another odd number each time.
+  std::atomic<uint32_t> stretch{0};
 
   void Start(std::thread thread) { thread_ = std::move(thread); }
   void Join() { thread_.join(); }
@@ -86,14 +85,21 @@ class Worker {
   }
 
  private:
-  // The scheduler moves a thread at once when it must; afterwards it may move it as before.
+  // The scheduler moves a thread at once when it must; afterwards it may move it as before. A
+  // thread that somebody else has given other CPUs is left alone.
   void Visit(const CpuSet& there, const CpuSet& allowed) {
+    std::unique_lock<std::mutex> lock(visit_, std::try_to_lock);
+    if (!lock) return;
     const pthread_t thread = thread_.native_handle();
+    CpuSet now;
+    if (pthread_getaffinity_np(thread, sizeof(now), &now) != 0 || !CPU_EQUAL(&now, &allowed))
+      return;
     if (pthread_setaffinity_np(thread, sizeof(there), &there) != 0) return;
     pthread_setaffinity_np(thread, sizeof(allowed), &allowed);
   }
 
   std::thread thread_;
+  std::mutex visit_;
 };
 #else
 // Elsewhere threads are left to the scheduler.
@@ -104,7 +110,7 @@ CpuSet AllowedCpus() { return {}; }
 
 class Worker {
  public:
-  std::atomic<bool> computes{false};
+  std::atomic<uint32_t> stretch{0};
   void Start(std::thread thread) { thread_ = std::move(thread); }
   void Join() { thread_.join(); }
   std::chrono::nanoseconds CpuTime() { return {}; }
@@ -134,22 +140,33 @@ class Pool {
 
   int size() const { return num_threads_.load(std::memory_order_relaxed); }
 
-  // Calls sleep(), which leaves this CPU to others for kNap. A worker that should have computed
-  // meanwhile and had no CPU has lost its own to a neighbour: it gets this one, which does nothing.
-  template <class Sleep>
-  void LookAfter(Sleep sleep) {
+  // Calls sleep(), which leaves this CPU to others for about kNap, or until ready(). A worker that
+  // had a piece all the while and next to no CPU has lost its own to a neighbour: it gets this one,
+  // which does nothing.
+  template <class Sleep, class Ready>
+  void LookAfter(Sleep sleep, Ready ready) {
+    struct Seen {
+      uint32_t stretch;
+      std::chrono::nanoseconds cpu_time;
+    } seen[kMostWatched];
     const size_t watched = watches_ ? std::min<size_t>(workers_.size(), kMostWatched) : 0;
-    std::chrono::nanoseconds before[kMostWatched];
-    for (size_t i = 0; i < watched; ++i) before[i] = workers_[i]->CpuTime();
-    const bool computes = this_worker && this_worker->computes.load(std::memory_order_relaxed);
-    SetComputes(false);
+    for (size_t i = 0; i < watched; ++i) {
+      seen[i].stretch = workers_[i]->stretch.load(std::memory_order_relaxed);
+      if (IsOdd(seen[i].stretch)) seen[i].cpu_time = workers_[i]->CpuTime();
+    }
+    const bool computes = this_worker && IsOdd(this_worker->stretch);
+    if (computes) ToggleStretch();
+    const auto began = Clock::now();
     sleep();
-    SetComputes(computes);
-    const int cpu = CurrentCpu();
+    const auto slept = Clock::now() - began;
+    if (computes) ToggleStretch();
+    if (ready()) return;
     for (size_t i = 0; i < watched; ++i) {
       Worker& worker = *workers_[i];
-      if (&worker == this_worker || !worker.computes.load(std::memory_order_relaxed)) continue;
-      if (worker.CpuTime() - before[i] < kNoCpu) worker.MoveTo(cpu, allowed_);
+      if (&worker == this_worker || !IsOdd(seen[i].stretch)) continue;
+      if (worker.stretch.load(std::memory_order_relaxed) != seen[i].stretch) continue;
+      if (worker.CpuTime() - seen[i].cpu_time > slept / 4) continue;
+      return worker.MoveTo(CurrentCpu(), allowed_);
     }
   }
 
@@ -199,11 +216,12 @@ class Pool {
     // Only pieces that somebody took are waited for: a worker that never woke holds nobody up.
     const auto finished = [=, this] { return completed_.load(std::memory_order_seq_cst) == count; };
     if (!SpinFor(finished)) {
-      std::unique_lock<std::mutex> lock(mutex_);
       caller_waits_.store(true, std::memory_order_seq_cst);
-      while (!finished()) {
-        LookAfter([&] { finished_.wait_for(lock, kNap, finished); });
-      }
+      const auto sleep = [&] {
+        std::unique_lock<std::mutex> lock(mutex_);
+        finished_.wait_for(lock, kNap, finished);
+      };
+      while (!finished()) LookAfter(sleep, finished);
       caller_waits_.store(false, std::memory_order_relaxed);
     }
   }
@@ -214,7 +232,7 @@ class Pool {
     return (tickets & kCountMask) < (tickets >> kCountBits & kCountMask);
   }
 
-  // Whether a call's pieces have all been taken, but not all are done.
+  // Whether some piece of the last call is not done.
   bool IsRunning() const {
     const uint64_t tickets = tickets_.load(std::memory_order_seq_cst);
     const auto count = static_cast<int64_t>(tickets >> kCountBits & kCountMask);
@@ -232,9 +250,9 @@ class Pool {
         continue;
       // Holding a piece, we keep its call from returning: what describes the call stays.
       const auto count = static_cast<int64_t>(tickets >> kCountBits & kCountMask);
-      SetComputes(true);
+      ToggleStretch();
       f_(context_, first_ + static_cast<int64_t>(tickets & kCountMask));
-      SetComputes(false);
+      ToggleStretch();
       if (completed_.fetch_add(1, std::memory_order_seq_cst) + 1 == count &&
           caller_waits_.load(std::memory_order_seq_cst)) {
         // The caller may be between its last look and its sleep; the lock orders us after it.
@@ -244,17 +262,19 @@ class Pool {
     }
   }
 
-  static void SetComputes(bool computes) {
-    if (this_worker) this_worker->computes.store(computes, std::memory_order_relaxed);
+  static bool IsOdd(uint32_t stretch) { return stretch % 2 != 0; }
+  static void ToggleStretch() {
+    if (this_worker) this_worker->stretch.fetch_add(1, std::memory_order_relaxed);
   }
 
   // To a scheduler two of ours on one CPU and a neighbour's thread on the other are as even as one
   // of ours on each; to us they are a core less. So workers leave the CPU that the caller is on.
   void KeepApart() {
     const int cpu = CurrentCpu();
+    const bool with_caller = cpu == caller_cpu_.load(std::memory_order_relaxed);
     if (!this_worker) {
-      caller_cpu_.store(cpu, std::memory_order_relaxed);
-    } else if (watches_ && cpu == caller_cpu_.load(std::memory_order_relaxed)) {
+      if (!with_caller) caller_cpu_.store(cpu, std::memory_order_relaxed);
+    } else if (watches_ && with_caller) {
       this_worker->MoveAwayFrom(cpu, allowed_);
     }
   }
@@ -263,11 +283,13 @@ class Pool {
     stop_ = false;
     allowed_ = AllowedCpus();
     watches_ = num_threads <= AvailableCpus();
-    for (int i = 1; i < num_threads; ++i) workers_.push_back(std::make_unique<Worker>());
-    for (const auto& worker : workers_) {
+    num_threads_.store(1, std::memory_order_relaxed);
+    for (int i = 1; i < num_threads; ++i) {
+      auto worker = std::make_unique<Worker>();
       worker->Start(std::thread([this, it = worker.get()] { Loop(it); }));
+      workers_.push_back(std::move(worker));
+      num_threads_.store(i + 1, std::memory_order_relaxed);
     }
-    num_threads_.store(num_threads, std::memory_order_relaxed);
   }
 
   void Stop() {
@@ -288,8 +310,8 @@ class Pool {
         std::unique_lock<std::mutex> lock(mutex_);
         sleeping_.fetch_add(1, std::memory_order_seq_cst);
         const auto wanted = [this] { return HasPiece() || stop_; };
-        // While others compute this CPU falls idle again and again: then it looks for who waits for
-        // one, which may be the caller.
+        // While others compute this CPU falls idle again and again. Each time the scheduler looks
+        // for a thread that waits for a CPU, which may be the caller.
         while (!wanted() && IsRunning()) wake_.wait_for(lock, kNap, wanted);
         wake_.wait(lock, wanted);
         sleeping_.fetch_sub(1, std::memory_order_seq_cst);
@@ -310,7 +332,7 @@ class Pool {
   uint64_t epoch_ = 0;
   alignas(64) std::atomic<uint64_t> tickets_{0};
   alignas(64) std::atomic<int64_t> completed_{0};
-  std::atomic<int> caller_cpu_{-1};
+  alignas(64) std::atomic<int> caller_cpu_{-1};
   std::atomic<int> sleeping_{0};
   std::atomic<int> num_threads_{1};
   std::mutex mutex_;
@@ -365,11 +387,11 @@ void WaitUntilAtLeast(const int64_t* done, int64_t wanted) {
   if (SpinFor(ready)) return;
   // Rare: the thread we wait for has lost its core.
   const auto sleep = [&] {
-    for (auto slept = kStep - kStep; slept < kNap && !ready(); slept += kStep) {
+    for (auto slept = kStep.zero(); slept < kNap && !ready(); slept += kStep) {
       std::this_thread::sleep_for(kStep);
     }
   };
-  while (!ready()) ThePool().LookAfter(sleep);
+  while (!ready()) ThePool().LookAfter(sleep, ready);
 }
 
 void* ThreadScratch(size_t bytes) {

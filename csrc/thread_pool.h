@@ -1,8 +1,9 @@
 // The one pool of compute threads. The caller works too; pieces are handed out by a counter; a
 // thread with nothing to do spins for some tens of microseconds and then sleeps.
 //
-// Beside a busy neighbour, on Linux: workers stay off the caller's CPU, and one that lost its CPU
-// while it holds a piece gets that of a thread that waits for it. Affinities are as before after.
+// Beside a busy neighbour, on Linux, if there is a CPU for each thread: workers stay off the
+// caller's CPU, and one that lost its CPU while it holds a piece gets that of a thread that waits
+// for it. Threads that somebody else has bound to other CPUs since are left alone.
 //
 // Safe to call from several threads at once (calls take turns) and from inside a piece of work
 // (runs inline on the calling thread).
@@ -41,7 +42,7 @@ void ParallelFor(int64_t count, F&& f) {
 // Adds one to a counter that WaitUntilAtLeast() looks at.
 inline void CountDone(int64_t* done) { __atomic_fetch_add(done, 1, __ATOMIC_ACQ_REL); }
 
-// Waits until `*done >= wanted`: spins shortly, then yields, then sleeps in small steps.
+// Waits until `*done >= wanted`: spins shortly, then sleeps in small steps.
 void WaitUntilAtLeast(const int64_t* done, int64_t wanted);
 
 // This thread's scratch memory, 64-byte aligned, grown to at least `bytes` and kept. Contents are

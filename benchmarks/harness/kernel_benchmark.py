@@ -195,8 +195,8 @@ def _missed(cases: list[Case]) -> str:
     few, many, torch_wins = [], [], []
     for case in cases:
         where = f"{case.shape} {case.rows}"
-        forms = () if case.goal is None else (*FORMS, *ROUNDED.values())
-        below = [form for form in forms if case.share(form) < (case.goal or 0)]
+        goal = 0.0 if case.goal is None else case.goal
+        below = [name for name in (*FORMS, *ROUNDED.values()) if case.share(name) < goal]
         cells = [f"{where} {form} {case.share(form):.0%}" for form in below]
         (few if case.rows <= FEW_ROWS else many).extend(cells)
         if case.slower:

@@ -19,7 +19,8 @@
 // the pairs are those of even elements of each 16, then those of odd ones. AMX has its own order
 // again: a sum takes 32 elements at a time, in rising order, and each time what its instruction
 // makes of them. So bits differ between such a target and the others, but still depend on a row and
-// its weights alone. AMX packs its own way too, see linear_amx.cc.
+// its weights alone; an expert's three matrices count as one, since they share a packed form. AMX
+// packs its own way too, see linear_amx.cc.
 #pragma once
 
 #include <cstddef>
